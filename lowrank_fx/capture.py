@@ -1,0 +1,319 @@
+"""CAPTURE: a model and one example call become an FX graph of ATen operators.
+
+``torch.export.export(..., strict=False)`` keeps fully qualified names, parameter identity, signatures and output
+classes. The first dimension of every input is dynamic (the batch), and so is the second where it is a sequence (integer
+inputs such as token ids and masks, and 3-D floating inputs). What the trace assumed about shapes is kept as guards, and
+a call that breaks them is refused with the guard's own text, never computed wrongly.
+
+The model is handed back exactly as it was: mode, hooks, buffers, gradient flags, random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from lowrank_fx.batches import Call
+from lowrank_fx.errors import CallError, CaptureError
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass
+class CallSignature:
+    """How the captured graph wants to be called, and how the user's calls become that.
+
+    Attributes:
+        signature: of the model's own ``forward``.
+        example: the captured call; tensors are kept as shapes only, on the meta device.
+        guards: raises AssertionError if the flat inputs break what the trace assumed.
+    """
+
+    signature: inspect.Signature
+    example: Call
+    guards: Callable[..., object] | None
+
+    def __post_init__(self) -> None:
+        self._given = self._by_name(self.example.args, self.example.kwargs)
+        self._leaves, self._spec = pytree.tree_flatten((self.example.args, self.example.kwargs))
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call in the captured form: positional arguments positional, keywords in order, defaults dropped.
+
+        Raises:
+            CallError: an argument is missing, was not there at capture, or has another structure, constant or shape.
+        """
+        if len(args) != len(self.example.args) or list(kwargs) != list(self.example.kwargs):
+            args, kwargs = self._rearrange(args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._spec:
+            raise CallError(f"the inputs are nested differently from the captured call: {spec} instead of {self._spec}")
+        for position, (leaf, known) in enumerate(zip(leaves, self._leaves, strict=True)):
+            if isinstance(known, Tensor):
+                if not isinstance(leaf, Tensor):
+                    raise CallError(f"input {position} was a tensor when the model was captured, now it is {leaf!r}")
+                if leaf.dim() != known.dim():
+                    raise CallError(
+                        f"input {position} has shape {tuple(leaf.shape)}, captured with {known.dim()} dimensions"
+                    )
+            elif isinstance(leaf, Tensor) or leaf != known:
+                raise CallError(
+                    f"input {position} is {_brief(leaf)}, but the model was captured with {known!r}, which became "
+                    "part of the graph; optimize again with a batch (or forward_args=) that passes the value you need"
+                )
+        if self.guards is not None:
+            try:
+                self.guards(*leaves)
+            except AssertionError as error:
+                shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
+                raise CallError(
+                    f"inputs of shape {shapes} break what the captured graph assumes ({error}); optimize the model "
+                    "again with a calibration batch of that shape"
+                ) from None
+        return args, kwargs
+
+    def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = self._by_name(args, kwargs)
+        for name in [name for name in given if name not in self._given]:
+            default = self.signature.parameters[name].default if name in self.signature.parameters else inspect._empty
+            if given[name] is not None and given[name] is not default:
+                raise CallError(
+                    f"argument {name}={_brief(given[name])} was not given when the model was captured (then: "
+                    f"{', '.join(self._given)}); optimize again with a batch or forward_args= that passes it"
+                )
+            del given[name]
+        for name, example in self._given.items():
+            if name not in given:
+                default = (
+                    self.signature.parameters[name].default if name in self.signature.parameters else inspect._empty
+                )
+                if isinstance(example, Tensor) or default is inspect._empty:
+                    raise CallError(f"argument {name} is missing; the model was captured with {', '.join(self._given)}")
+                given[name] = default
+        names = list(self._given)
+        positional = names[: len(self.example.args)]
+        return tuple(given[name] for name in positional), {name: given[name] for name in self.example.kwargs}
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise CallError(f"the call does not fit forward{self.signature}: {error}") from None
+        given: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                given.update(value)
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                given.update((f"*{name}[{position}]", item) for position, item in enumerate(value))
+            else:
+                given[name] = value
+        return given
+
+
+@dataclass
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph_module: ATen graph; its parameters are the model's own ``Parameter`` objects, its modules are new.
+        calls: turns user calls into graph calls.
+        notes: what the user should know: detached hooks, inputs that are not dynamic.
+    """
+
+    graph_module: GraphModule
+    calls: CallSignature
+    notes: tuple[str, ...]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a ``torch.compile`` wrapper, or the module itself.
+
+    Raises:
+        CaptureError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model is {type(model).__name__}, not a torch.nn.Module")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def capture(model: nn.Module, call: Call) -> Captured:
+    """Capture ``model`` as it runs ``call`` in eval mode.
+
+    Args:
+        model: any ``nn.Module``; left exactly as it was.
+        call: an example call. A batch of one row is doubled, since export takes a size of one for a constant.
+
+    Raises:
+        CaptureError: export refused the model; the message names the model's own line and says what to do.
+    """
+    model = unwrap(model)
+    example = _at_least_two_rows(call)
+    notes: list[str] = []
+    with preserved(model) as hooks, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program, dynamic = _export(model, example)
+        exported = program.module(check_guards=True)
+    if hooks:
+        notes.append(f"hooks on {_listed(hooks)} were detached for capture and are not part of the optimized model")
+    if dynamic != _DYNAMIC[0]:
+        notes.append(f"the model could not be captured with every dynamic dimension; dynamic are: {dynamic or 'none'}")
+    graph_module, guards = _standalone(exported)
+    signature = inspect.signature(model.forward)
+    return Captured(graph_module, CallSignature(signature, _shapes_only(example), guards), tuple(notes))
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[list[str]]:
+    """Eval mode without user hooks inside, everything as it was after; yields the names of modules that had hooks.
+
+    Hooks of ``torch.nn.utils`` (such as weight normalisation) are part of the model's mathematics and stay.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    saved: list[tuple[nn.Module, str, Any]] = []
+    hooked: list[str] = []
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            for name, module in model.named_modules():
+                module.training = False
+                for attribute in _HOOKS:
+                    hooks = getattr(module, attribute, None)
+                    if not hooks:
+                        continue
+                    kept = OrderedDict((key, hook) for key, hook in hooks.items() if _belongs_to_torch(hook))
+                    if len(kept) < len(hooks):
+                        saved.append((module, attribute, hooks))
+                        setattr(module, attribute, kept)
+                        hooked.append(name or type(module).__name__)
+            yield list(dict.fromkeys(hooked))
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, attribute, hooks in saved:
+                setattr(module, attribute, hooks)
+
+
+_DYNAMIC = ("batch and sequence", "batch", "")
+
+
+def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, str]:
+    failure: Exception | None = None
+    for dynamic in _DYNAMIC:
+        shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+        for tensor in call.tensors():
+            dims = _dynamic_dims(tensor, dynamic)
+            if dims:
+                shapes[tensor] = dict.fromkeys(dims, Dim.AUTO)
+        try:
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False), dynamic
+        except Exception as error:  # export raises many kinds; the last attempt's reason is the one that counts
+            failure = error
+    assert failure is not None
+    raise CaptureError(_explain(model, failure)) from failure
+
+
+def _dynamic_dims(tensor: Tensor, dynamic: str) -> tuple[int, ...]:
+    if not dynamic or tensor.dim() == 0:
+        return ()
+    is_sequence = tensor.dim() >= 2 and (not tensor.is_floating_point() or tensor.dim() == 3)
+    return (0, 1) if is_sequence and dynamic == _DYNAMIC[0] else (0,)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """One message: the model's own line, the cause, what to do."""
+    here = Path(__file__).parent
+    torch_root = Path(torch.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not Path(frame.filename).is_relative_to(torch_root)
+        and not Path(frame.filename).is_relative_to(here)
+        and not frame.filename.startswith("<")
+    ]
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    where = f" at {own[-1].filename}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
+    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"torch.export could not capture {type(model).__name__}{where}: {type(error).__name__}: {cause}. "
+        "Control flow that depends on a tensor's values (if, while, .item()) cannot become a graph: move it out of "
+        "forward, use torch.where or torch.cond, or optimize the submodules that do the work one by one"
+    )
+
+
+def _standalone(exported: nn.Module) -> tuple[GraphModule, Callable[..., object] | None]:
+    """A plain GraphModule over the exported graph: own modules, the model's parameters, guards taken out."""
+    assert isinstance(exported, GraphModule)
+    graph = exported.graph
+    guards: Callable[..., object] | None = None
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            guards = exported.get_submodule("_guards_fn").forward
+            graph.erase_node(node)
+    standalone = GraphModule(exported, graph, class_name="CapturedGraph")
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _own_mutated_state(standalone, node)
+    standalone.graph.lint()
+    standalone.recompile()
+    return standalone, guards
+
+
+def _own_mutated_state(gm: GraphModule, node: torch.fx.Node) -> None:
+    """Give the graph its own copy of state it writes to, so that running it never changes the user's buffers."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, torch.fx.Node) and value.op == "get_attr":
+            owner, _, leaf = str(value.target).rpartition(".")
+            module = gm.get_submodule(owner)
+            state = getattr(module, leaf)
+            if isinstance(state, Tensor):
+                setattr(module, leaf, state.detach().clone())
+
+
+def _at_least_two_rows(call: Call) -> Call:
+    if call.batch_size != 1:
+        return call
+    return call.map(lambda tensor: torch.cat((tensor, tensor)) if tensor.dim() and tensor.shape[0] == 1 else tensor)
+
+
+def _shapes_only(call: Call) -> Call:
+    return call.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def _belongs_to_torch(hook: object) -> bool:
+    return getattr(type(hook), "__module__", "").startswith("torch.nn.utils")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more modules" if len(names) > 5 else "")
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,312 @@
+"""The command ``lowrank-fx``.
+
+What goes wrong is one line on stderr: exit code 2 where the user can put it right (a :class:`LowRankError`, or a
+command line that does not parse), 1 for anything else, and a traceback only with ``--debug``. torch is imported by the
+commands themselves, so that ``--help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank_fx.errors import LowRankError, OptionError
+
+if TYPE_CHECKING:
+    from lowrank_fx.targets import Target
+
+COMMAND = "lowrank-fx"
+
+
+class Scope(StrEnum):
+    """What a share to keep counts."""
+
+    model = "model"
+    sites = "sites"
+
+
+app = typer.Typer(
+    name=COMMAND,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile/--no-compile", metavar="", help="Compile the models, and measure them compiled."),
+]
+Quiet = Annotated[bool, typer.Option("--no-progress", metavar="", help="Print the results alone.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"{COMMAND} {metadata.version('lowrank_fx')}")
+        except metadata.PackageNotFoundError as error:
+            raise OptionError(
+                "lowrank_fx runs from its sources without being installed, so it has no version"
+            ) from error
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Make trained PyTorch models smaller and faster by factoring their linear and convolution layers.
+
+    To see it work on a real model:  [bold]lowrank-fx demo[/bold]
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where report.html goes.")] = Path("demo_out"),
+    compile: Compile = True,
+    no_progress: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    r"""Optimize a real sentence encoder for four targets and show what each costs.
+
+    Takes a few minutes and downloads nothing. Needs the extra: pip install "lowrank_fx\[demo]"
+    """
+    from lowrank_fx.demo import run_demo
+
+    run_demo(out, compile=compile, progress=not no_progress)
+
+
+@app.command()
+def optimize(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:FACTORY", help="The model: a function that returns it, or the model itself."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", metavar="MODULE:LOADER", help="Calibration batches: an iterable, or a function that returns one."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where plan and weights go.")],
+    html: Annotated[bool, typer.Option("--html", metavar="", help="Write report.html there too.")] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ERROR",
+            help="Cheapest plan within this relative error of the output. This is the default, at 0.1.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = None,
+    keep_params: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most accurate plan that keeps this share of the parameters, such as 0.5.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = None,
+    keep_flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most accurate plan that keeps this share of the FLOPs, such as 0.6.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = None,
+    of: Annotated[
+        Scope | None,
+        typer.Option(
+            help="What a share counts: the whole model (the default), or the layers that can be factored alone.",
+            rich_help_panel="Target (at most one)",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses which rows are sampled. Same seed, same plan.")] = 0,
+    compile: Compile = True,
+    no_progress: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Factor a model under one target, print the report and save the result.
+
+    Modules are looked for in the current folder first.
+
+    Example:  [bold]lowrank-fx optimize zoo:make_model --data zoo:make_loader --keep-flops 0.6 --out out/[/bold]
+    """
+    from lowrank_fx import pipeline
+
+    target = _target(tolerance, keep_params, keep_flops, of)
+    made = pipeline.optimize(
+        _model(model),
+        _batches(data),
+        target=target,
+        skip=skip or (),
+        seed=seed,
+        compile=compile,
+        progress=not no_progress,
+    )
+    made.save(out)
+    report = made.report()
+    typer.echo(str(report))
+    if html:
+        _write(out / "report.html", report.to_html())
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What optimize wrote.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the report of a saved model; no weights are read."""
+    from lowrank_fx.report import Report
+    from lowrank_fx.storage import read_plan
+
+    made = Report(*read_plan(folder))
+    typer.echo(str(made))
+    if html is not None:
+        _write(html, made.to_html())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for an error the user can put right, 1 for any other, 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = app(args=list(given), prog_name=COMMAND, standalone_mode=False)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if "--debug" in given:
+            traceback.print_exc()
+            return 2 if _expected(error) else 1
+        # typer's own errors know their sentence; the first line of the others is the cause.
+        if _expected(error):
+            return _fail(_message(error), 2)
+        return _fail(f"{type(error).__name__}: {_message(error)} (run with --debug for the traceback)", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, LowRankError) or hasattr(error, "format_message")
+
+
+def _message(error: Exception) -> str:
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _fail(cause: str, code: int) -> int:
+    typer.echo(f"{COMMAND}: error: {cause}", err=True)
+    return code
+
+
+def _write(path: Path, page: str) -> None:
+    from lowrank_fx._files import write_atomic
+
+    write_atomic(path, page.encode())
+    typer.echo(f"\n{path} shows this as a page.")
+
+
+# ---- what the options name -------------------------------------------------------------------------------------------
+
+
+def _target(tolerance: float | None, params: float | None, flops: float | None, of: Scope | None) -> Target:
+    """The one target of a command line.
+
+    Raises:
+        OptionError: more than one is given, or ``--of`` without a share.
+        TargetError: a value is not legal.
+    """
+    from lowrank_fx.targets import Keep, Tolerance
+
+    options = {"--tolerance": tolerance, "--keep-params": params, "--keep-flops": flops}
+    given = [f"{name} {value:g}" for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise OptionError(f"{' and '.join(given)}: give one target, not {len(given)}")
+    if params is None and flops is None:
+        if of is not None:
+            raise OptionError(f"--of {of.value} says what a share counts; use it with --keep-params or --keep-flops")
+        return Tolerance() if tolerance is None else Tolerance(tolerance)
+    return Keep(params=params, flops=flops, of=of.value if of is not None else "model")
+
+
+def _resolve(text: str, what: str) -> Any:
+    """The object that ``module:name`` means; the current folder comes first, as ``python -m`` has it.
+
+    Raises:
+        OptionError: the text has another form, there is no such module, or nothing of that name in it.
+    """
+    module_name, colon, path = text.partition(":")
+    if not (colon and module_name and path):
+        raise OptionError(f"{what} {text!r}: write a module and a name in it, such as zoo:make_model")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that imports something missing is another mistake than a module that is not there.
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise OptionError(f"{what} {text!r}: no module {error.name!r} is in {here} or installed") from error
+        raise
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise OptionError(f"{what} {text!r}: module {module_name!r} has nothing called {path!r}")
+        found = getattr(found, name)
+    return found
+
+
+def _model(text: str) -> Any:
+    """The model that ``module:factory`` means, called if it is a function.
+
+    Raises:
+        OptionError: it is, or returns, something other than a ``torch.nn.Module``.
+    """
+    from torch import nn
+
+    found = _resolve(text, "MODULE:FACTORY")
+    made = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(made, nn.Module):
+        raise OptionError(f"MODULE:FACTORY {text!r} gave {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _batches(text: str) -> Any:
+    """The batches that ``module:loader`` means, called if it is a function.
+
+    Raises:
+        OptionError: it is, or returns, something that cannot be iterated.
+    """
+    found = _resolve(text, "--data")
+    iterable = hasattr(found, "__iter__") and not isinstance(found, type)
+    made = found() if callable(found) and not iterable else found
+    if not hasattr(made, "__iter__"):
+        raise OptionError(f"--data {text!r} gave {type(made).__name__}, which cannot be iterated over")
+    return made

@@ -1,0 +1,96 @@
+"""Dense linear algebra for sketches and factors: tensors in, tensors out, computed in float64 on the tensors' device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, largest first.
+
+    The matrix is scaled to entries near one before the decomposition and the values are scaled back: LAPACK's own
+    scaling does not cover every driver, and squares of entries near 1e-160 or 1e160 would leave the range of float64.
+
+    Args:
+        a: symmetric [s, s] of any floating dtype; only its lower triangle is read.
+
+    Returns:
+        values [s], float64, descending, of either sign; vectors [s, s], float64, orthonormal columns in the same order.
+
+    Raises:
+        torch.linalg.LinAlgError: ``a`` holds a value that is not finite.
+    """
+    a = a.to(torch.float64)
+    if a.shape[0] == 0:
+        return a.new_zeros(0), a
+    exponent = torch.frexp(a.abs().amax()).exponent.to(torch.float64)
+    # Two factors, because one power of two can itself be outside the range of float64 where its root is not.
+    half = torch.exp2(torch.floor(exponent / 2))
+    values, vectors = torch.linalg.eigh(a / half / half)
+    return values.flip(0) * half * half, vectors.flip(1)
+
+
+def psd_root(gram: Tensor) -> Tensor:
+    """A matrix B with B^T B = gram, one row per positive eigenvalue.
+
+    Args:
+        gram: symmetric positive semidefinite [d, d] up to rounding; negative rounding eigenvalues count as zero.
+
+    Returns:
+        B [r, d], float64, with orthogonal rows of descending length; r is the number of positive eigenvalues.
+
+    Raises:
+        torch.linalg.LinAlgError: ``gram`` holds a value that is not finite.
+    """
+    values, vectors = symmetric_eigen(gram)
+    positive = int((values > 0).sum())
+    return (vectors[:, :positive] * values[:positive].sqrt()).T.contiguous()
+
+
+def output_spectrum(weight: Tensor, *, gram: Tensor | None = None, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and squared singular values of W B^T, for B^T B the Gram matrix of a layer's inputs.
+
+    With U_k the first k columns, W' = U_k U_k^T W minimises |(W - W') B^T|_F over all W' of rank k, and the squared
+    error is the sum of the other energies (Eckart and Young 1936, applied to the layer's output W B^T).
+
+    One symmetric eigen problem of the smallest side decides: of W B^T B W^T where W is wide, otherwise of R B^T B R^T
+    with W = Q R (or of R R^T with W B^T = Q R), whose eigenvectors Q carries back. Every factor of the basis is
+    orthonormal to rounding whatever the rank of W B^T, so nothing is divided by a small singular value.
+
+    Args:
+        weight: W [m, d], any floating dtype.
+        gram: B^T B [d, d]; give this or ``root``.
+        root: B [l, d].
+
+    Returns:
+        basis [m, q], float64, orthonormal columns; energies [q], float64, descending and non-negative; q = min(m, d) for
+        ``gram`` and min(m, l, d) for ``root``.
+
+    Raises:
+        ValueError: both or neither of ``gram`` and ``root`` are given.
+        torch.linalg.LinAlgError: a value is not finite.
+    """
+    if (gram is None) == (root is None):
+        raise ValueError("output_spectrum takes exactly one of gram= and root=")
+    weight = weight.to(torch.float64)
+    rows, columns = weight.shape
+    if root is not None:
+        root = root.to(torch.float64)
+        if root.shape[0] < min(rows, columns):
+            outer, inner = torch.linalg.qr(weight @ root.T)
+            values, vectors = symmetric_eigen(inner @ inner.T)
+            return outer @ vectors, values.clamp(min=0)
+        if rows <= columns:
+            output = weight @ root.T
+            values, vectors = symmetric_eigen(output @ output.T)
+            return vectors, values.clamp(min=0)
+        gram = root.T @ root
+    assert gram is not None
+    gram = gram.to(torch.float64)
+    if rows <= columns:
+        values, vectors = symmetric_eigen(weight @ gram @ weight.T)
+        return vectors, values.clamp(min=0)
+    outer, inner = torch.linalg.qr(weight)
+    values, vectors = symmetric_eigen(inner @ gram @ inner.T)
+    return outer @ vectors, values.clamp(min=0)

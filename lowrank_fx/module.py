@@ -1,0 +1,224 @@
+"""What ``optimize`` returns: an ``nn.Module`` that is called like the original and holds factored weights."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from lowrank_fx import storage
+from lowrank_fx.capture import preserved, unwrap
+from lowrank_fx.errors import LowRankError
+from lowrank_fx.latency import PairedTiming, paired_speedup
+from lowrank_fx.plan import Plan
+from lowrank_fx.report import Report
+from lowrank_fx.rewrite import copy_graph_module, factorize, fold
+from lowrank_fx.session import Session
+from lowrank_fx.storage import Artifact
+from lowrank_fx.targets import Target, Tolerance, check_target
+
+SLOWER = "the factored model measured slower than the original ({speedup:.2f}x), so the original came back"
+
+
+class LowRankModule(nn.Module):
+    """A model with factored layers: same inputs, same outputs and output classes, its own weights.
+
+    Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
+    ``layer.0.q.factor_in`` and ``layer.0.q.factor_out`` in place of ``layer.0.q.weight``. It trains, moves and saves
+    like any module. It was captured in eval mode: ``train()`` sets the flag, but dropout stays off and batch norms stay folded.
+
+    Attributes:
+        artifact: graph, plan and timing.
+        session: what replanning needs; None after ``load`` and ``fold``.
+        compiled: whether forward goes through ``torch.compile``.
+    """
+
+    def __init__(self, artifact: Artifact, session: Session | None, *, compile: bool, clone: bool = True) -> None:
+        super().__init__()
+        self.artifact = artifact
+        self.compiled = compile
+        self.session = session
+        self._clone = clone
+        self._adopt(artifact.graph_module)
+        self.eval()
+
+    def _adopt(self, gm: GraphModule) -> None:
+        """Make the graph's parameters and modules this module's own: the same objects under the same names.
+
+        They are shared, not copied, so whatever moves or loads this module moves or loads the graph.
+        """
+        self._parameters = gm._parameters
+        self._buffers = gm._buffers
+        self._non_persistent_buffers_set = gm._non_persistent_buffers_set
+        self._modules = gm._modules
+        self._prepare()
+
+    def _prepare(self) -> None:
+        gm = self.artifact.graph_module
+        self._run: Callable[..., Any] = _compiled(gm) if self.compiled else gm.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; any call that ``forward`` of the original binds to the captured inputs.
+
+        Raises:
+            CallError: the call passes other arguments, constants or static sizes than were captured.
+        """
+        args, kwargs = self.artifact.calls.bind(args, kwargs)
+        return self._run(*args, **kwargs)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan this model was made by."""
+        return self.artifact.plan
+
+    @property
+    def timing(self) -> PairedTiming | None:
+        """The measured speed against the original, or None if nothing was factored."""
+        return self.artifact.timing
+
+    def report(self) -> Report:
+        """A row per layer, and what the whole plan costs and does; ``print`` it, or ask it ``to_html()``."""
+        return Report(self.plan, self.timing)
+
+    def replan(self, target: Target) -> LowRankModule:
+        """The model for another target, from the same calibration: no data is read again.
+
+        Raises:
+            LowRankError: this module was loaded or folded, so it has no calibration.
+            TargetError: the target cannot be reached.
+        """
+        if self.session is None:
+            raise LowRankError(
+                "replan needs the calibration, which a loaded or folded module does not have; call optimize again"
+            )
+        return build(self.session, check_target(target), self.artifact, compile=self.compiled, clone=self._clone)
+
+    def fold(self) -> LowRankModule:
+        """The same model with one dense operator per site again, for runtimes that want it; shares no tensor."""
+        source = self.artifact
+        gm = source.graph_module if source.folded else fold(source.graph_module, source.sites)
+        if source.folded:
+            gm = copy_graph_module(gm, clone=True)
+        folded = Artifact(gm, source.calls, source.plan, source.sites, source.base, None, folded=True)
+        return LowRankModule(folded, None, compile=self.compiled)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``plan.json`` and the weights into ``folder``; :func:`lowrank_fx.load` reads them back.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        storage.save(self.artifact, folder)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training flag; the captured computation itself stays that of eval mode."""
+        self.training = mode
+        for module in self.children():
+            module.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        before = _device(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = _device(self)
+        if before != after:
+            _move_constants(self.artifact.graph_module, before, after)
+            self._prepare()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankModule:
+        source = self.artifact
+        gm = copy_graph_module(source.graph_module, clone=True)
+        copied = Artifact(gm, source.calls, source.plan, source.sites, source.base, source.timing, source.folded)
+        made = LowRankModule(copied, self.session, compile=self.compiled, clone=self._clone)
+        made.train(self.training)
+        memo[id(self)] = made
+        return made
+
+    def __reduce__(self) -> Any:
+        raise LowRankError("a LowRankModule is not pickled: use save(folder) and lowrank_fx.load(model, folder)")
+
+    def extra_repr(self) -> str:
+        """One line: the target, how much is left, at what error."""
+        totals, factored = self.plan.totals, len(self.plan.factored)
+        return (
+            f"{self.plan.target}: {factored} of {len(self.plan.sites)} layers factored"
+            f"{' and folded' if self.artifact.folded else ''}, "
+            f"{totals.kept('params', 'model'):.1%} of parameters, {totals.kept('flops', 'model'):.1%} of FLOPs, "
+            f"error {self.plan.error:.3g}"
+        )
+
+
+def build(session: Session, target: Target, base: Artifact | None, *, compile: bool, clone: bool) -> LowRankModule:
+    """Plan, rewrite, compile and measure.
+
+    Args:
+        session: the calibrated model.
+        target: what is asked for.
+        base: an artifact of the same session, for its checksums; None computes them.
+        compile: whether the result is compiled, and measured against the compiled original.
+        clone: whether the result owns the tensors that are not factored.
+    """
+    plan, factored = session.plan(target)
+    checksums = storage.base_weights(session.model) if base is None else base.base
+
+    def make(plan: Plan, chosen: dict[str, Any], timing: PairedTiming | None) -> LowRankModule:
+        gm = factorize(session.graph_module, chosen, clone=clone)
+        sites = {name: site for name, (site, _) in chosen.items()}
+        artifact = Artifact(gm, session.calls, plan, sites, checksums, timing)
+        return LowRankModule(artifact, session, compile=compile, clone=clone)
+
+    made = make(plan, factored, None)
+    if not factored:
+        return made
+    timing = measure(session, made)
+    if isinstance(target, Tolerance) and timing.speedup < 1:
+        return make(session.dense_plan(plan, SLOWER.format(speedup=timing.speedup)), {}, None)
+    made.artifact.timing = timing
+    return made
+
+
+def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
+    """Time a candidate against the user's own model, in paired turns, on the first calibration batch."""
+    call = session.calibration.effect_batches[0].call
+    model = unwrap(session.model)
+    baseline = session.compiled_original() if candidate.compiled else model
+    graph = candidate.artifact.graph_module
+    run = candidate._run
+    device = _device(graph)
+    with preserved(model), torch.no_grad():
+        return paired_speedup(
+            lambda: baseline(*call.args, **call.kwargs), lambda: run(*call.args, **call.kwargs), device=device
+        )
+
+
+def compile_module(module: nn.Module) -> Callable[..., Any]:
+    """``torch.compile`` with recompile limits of its own, where torch can do that.
+
+    The recompile limit counts per code object, so many compiled instances of one class would fall back to eager.
+    """
+    isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if isolate else {}
+    compiled: Callable[..., Any] = torch.compile(module, **options)
+    return compiled
+
+
+def _compiled(gm: GraphModule) -> Callable[..., Any]:
+    return compile_module(gm)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+
+
+def _move_constants(gm: GraphModule, before: torch.device, after: torch.device) -> None:
+    """Devices that capture wrote into the graph (of ``arange``, ``full``, ...) follow the parameters."""
+    for node in gm.graph.nodes:
+        if node.kwargs.get("device") == before:
+            node.update_kwarg("device", after)
+    gm.recompile()

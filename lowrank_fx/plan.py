@@ -1,0 +1,188 @@
+"""The plan: per site a form, a rank, what they cost and what they are predicted to do. Frozen, versioned JSON.
+
+A plan holds no tensor and no timing, so the same seed, model and data give the same plan byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_fx.errors import PlanError
+from lowrank_fx.forms import DENSE, FORMS
+from lowrank_fx.sites import LeftAlone
+from lowrank_fx.targets import Target, target_from_json
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What becomes of one site.
+
+    Attributes:
+        name: the site's fully qualified name.
+        weight: fully qualified name of its weight.
+        form: a form's name, or ``"dense"``.
+        rank: the rank, or None where dense.
+        out_features: rows of the weight as a matrix.
+        in_features: columns of the weight as a matrix.
+        params: weights before and after.
+        flops: FLOPs before and after, at the shape of the first calibration batch.
+        error: predicted relative error of the layer's own output.
+        bound: certified upper bound of that error on the sketched rows, for the factors as stored.
+        effect: predicted relative error of the model's output if this site alone is factored.
+        reason: why it stays dense; empty where it is factored.
+    """
+
+    name: str
+    weight: str
+    form: str
+    rank: int | None
+    out_features: int
+    in_features: int
+    params: tuple[int, int]
+    flops: tuple[int, int]
+    error: float
+    bound: float
+    effect: float
+    reason: str
+
+    @property
+    def factored(self) -> bool:
+        """Whether the site is replaced by a pair."""
+        return self.form != DENSE
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Parameters and FLOPs before and after, of the whole model and of the sites' weights alone.
+
+    FLOPs are those of the captured graph at the shape of the first calibration batch.
+    """
+
+    model_params: tuple[int, int]
+    model_flops: tuple[int, int]
+    site_params: tuple[int, int]
+    site_flops: tuple[int, int]
+
+    def kept(self, quantity: str, of: str) -> float:
+        """After over before, for ``quantity`` in ``params``/``flops`` and ``of`` in ``model``/``sites``."""
+        before, after = getattr(self, f"{'model' if of == 'model' else 'site'}_{quantity}")
+        return after / before if before else 1.0
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """One point of the trade-off curve: a share kept and the error predicted for it."""
+
+    params: float
+    flops: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for one model.
+
+    Attributes:
+        target: what was asked for.
+        planner: the planner's name.
+        candidate: which candidate allocation won on held-out data, and the errors of all.
+        seed: the seed of calibration.
+        sites: in graph order.
+        left_alone: weights that are no sites, with the reason.
+        cleanup: what was folded before sites were found (batch norms, constants).
+        notes: what else a user should know.
+        totals: parameters and FLOPs before and after.
+        predicted_error: joint error predicted from the sites' effects.
+        select_error: joint error on the held-out half that candidates were compared on.
+        error: joint error on the other held-out half; the one to report.
+        candidates: candidate allocation -> its error on the select half, at the budget chosen.
+        curve: trade-off curve, predicted.
+    """
+
+    target: Target
+    planner: str
+    candidate: str
+    seed: int
+    sites: tuple[SitePlan, ...]
+    left_alone: tuple[LeftAlone, ...]
+    cleanup: tuple[str, ...]
+    notes: tuple[str, ...]
+    totals: Totals
+    predicted_error: float
+    select_error: float
+    error: float
+    candidates: tuple[tuple[str, float], ...]
+    curve: tuple[TradeOff, ...]
+
+    @property
+    def factored(self) -> tuple[SitePlan, ...]:
+        """The sites that are replaced by pairs."""
+        return tuple(site for site in self.sites if site.factored)
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same plan gives the same bytes."""
+        data = {
+            "version": PLAN_VERSION,
+            **{entry.name: _plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)},
+        }
+        return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            PlanError: the text is not a plan of this version; the message says where.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"a plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
+            found = data.get("version") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"a plan of version {PLAN_VERSION} is expected, this one says {found!r}")
+        del data["version"]
+        try:
+            plan = cls(
+                **{
+                    **data,
+                    "target": target_from_json(data["target"]),
+                    "sites": tuple(_site_from_json(entry) for entry in data["sites"]),
+                    "left_alone": tuple(LeftAlone(**entry) for entry in data["left_alone"]),
+                    "cleanup": tuple(data["cleanup"]),
+                    "notes": tuple(data["notes"]),
+                    "totals": Totals(**{key: (int(a), int(b)) for key, (a, b) in data["totals"].items()}),
+                    "candidates": tuple((str(name), float(error)) for name, error in data["candidates"]),
+                    "curve": tuple(TradeOff(**entry) for entry in data["curve"]),
+                }
+            )
+        except PlanError:
+            raise
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise PlanError(f"a plan is malformed: {error!r}") from error
+        return plan
+
+
+def _site_from_json(entry: Any) -> SitePlan:
+    site = SitePlan(**{**entry, "params": tuple(entry["params"]), "flops": tuple(entry["flops"])})
+    if site.form != DENSE and site.form not in FORMS:
+        raise PlanError(f"site {site.name!r}: no form is called {site.form!r}; there are {[DENSE, *FORMS]}")
+    limit = min(site.out_features, site.in_features)
+    if site.factored and not (isinstance(site.rank, int) and 1 <= site.rank <= limit):
+        raise PlanError(f"site {site.name!r}: rank {site.rank!r} is not between 1 and {limit}")
+    return site
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,88 @@
+"""The planning problem: for every site the options with what each costs and does. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lowrank_fx.errors import TargetError
+from lowrank_fx.forms import DENSE
+from lowrank_fx.targets import Quantity
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to leave a site.
+
+    Attributes:
+        form: a form's name, or ``"dense"``.
+        rank: the rank, None where dense.
+        params: weights.
+        flops: FLOPs at the shape of the first calibration batch.
+        error: relative error of the site's output, 0 where dense.
+        effect: relative error of the model's output, 0 where dense.
+    """
+
+    form: str
+    rank: int | None
+    params: int
+    flops: int
+    error: float
+    effect: float
+
+    def cost(self, quantity: Quantity) -> int:
+        """What the option costs in ``quantity``."""
+        return self.params if quantity == "params" else self.flops
+
+
+Pick: TypeAlias = tuple[int, ...]
+"""One option's index per site, in the order of the problem."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Every site's options; the first of each is dense."""
+
+    options: Mapping[str, tuple[Option, ...]]
+
+    def __post_init__(self) -> None:
+        for name, options in self.options.items():
+            assert options[0].form == DENSE, name
+
+    @property
+    def dense(self) -> Pick:
+        """The pick that factors nothing."""
+        return (0,) * len(self.options)
+
+    def chosen(self, pick: Pick) -> dict[str, Option]:
+        """The options of a pick, by site name."""
+        return {name: options[index] for (name, options), index in zip(self.options.items(), pick, strict=True)}
+
+    def factored(self, pick: Pick) -> dict[str, tuple[str, int]]:
+        """Form and rank of each site that a pick factors."""
+        chosen = self.chosen(pick)
+        return {name: (option.form, option.rank) for name, option in chosen.items() if option.rank is not None}
+
+    def cost(self, pick: Pick, quantity: Quantity) -> int:
+        """Total cost of a pick."""
+        return sum(option.cost(quantity) for option in self.chosen(pick).values())
+
+    def smallest(self, quantity: Quantity) -> int:
+        """The least total cost of any pick."""
+        return sum(min(option.cost(quantity) for option in options) for options in self.options.values())
+
+    def effect(self, pick: Pick) -> float:
+        """Joint effect predicted for a pick: the sites' effects added in squares."""
+        return float(sum(option.effect**2 for option in self.chosen(pick).values()) ** 0.5)
+
+
+Allocator: TypeAlias = Callable[[Problem, Quantity, int], Pick]
+"""Spends a budget of sites' costs: the pick of one candidate allocation. Raises TargetError if nothing fits."""
+
+
+def check_budget(problem: Problem, quantity: Quantity, budget: int) -> None:
+    """Raise :class:`TargetError` if no pick fits ``budget``."""
+    smallest = problem.smallest(quantity)
+    if smallest > budget:
+        raise TargetError(f"a budget of {budget} {quantity} is below the smallest reachable, {smallest}")

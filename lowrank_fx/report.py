@@ -1,0 +1,278 @@
+"""The report of a plan: plain text to print, and one HTML page to show to others.
+
+Both say the same: what was asked and what came of it, a row per layer, what was left alone and why, and the trade-off
+curve with the asked target and the knee marked on it. The page is self-contained; its pictures are inline SVG.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lowrank_fx._render import Mark, count, environment, knee, number, percent, scaled, seconds, speed
+from lowrank_fx.latency import PairedTiming
+from lowrank_fx.plan import Plan, SitePlan, TradeOff
+from lowrank_fx.targets import Keep, Quantity, Tolerance
+
+WIDTH = 110
+"""Columns of the plain text."""
+
+Rows: TypeAlias = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan does to a model, layer by layer.
+
+    Attributes:
+        plan: the plan.
+        timing: the measured speed against the original, or None where nothing was measured.
+    """
+
+    plan: Plan
+    timing: PairedTiming | None
+
+    def __str__(self) -> str:
+        blocks = [
+            [f"lowrank_fx: {self.plan.target}", *_wrap(self.headline)],
+            self._totals(),
+            self._layers(),
+            self._left_alone(),
+            _section("Folded before layers were looked for", self.plan.cleanup),
+            _section("Notes", self.plan.notes),
+            self.trade_off(),
+        ]
+        return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block)
+
+    def to_html(self) -> str:
+        """The report as one page: no script, nothing loaded from elsewhere, light and dark."""
+        return (
+            environment()
+            .get_template("report.html.j2")
+            .render(report=self, marks=self.marks, title=f"lowrank_fx: {self.plan.target}")
+        )
+
+    # ---- what is said, in words and numbers ------------------------------------------------------------------------
+
+    @property
+    def headline(self) -> str:
+        """The outcome in one or two sentences."""
+        plan = self.plan
+        if not plan.factored:
+            return f"No layer is factored: the model is the original. {' '.join(_sentences(plan.notes))}".strip()
+        totals = plan.totals
+        said = (
+            f"{len(plan.factored)} of {len(plan.sites)} layers are factored: "
+            f"{percent(totals.kept('params', 'model'))} of the parameters and {percent(totals.kept('flops', 'model'))} "
+            f"of the FLOPs remain, at a held-out error of {number(plan.error)}."
+        )
+        if self.timing is None:
+            return f"{said} Its speed was not measured."
+        if self.timing.speedup < 1:
+            return f"{said} It measured slower than the original: {speed(self.timing.speedup)}."
+        return f"{said} It measured {speed(self.timing.speedup)} as fast as the original."
+
+    @property
+    def quantity(self) -> Quantity:
+        """What the plan was made to save: the quantity of its budget, or FLOPs for a tolerance."""
+        return self.plan.target.quantity if isinstance(self.plan.target, Keep) else "flops"
+
+    @property
+    def asked_error(self) -> float | None:
+        """The error that was allowed, or None where a budget was asked for."""
+        return self.plan.target.error if isinstance(self.plan.target, Tolerance) else None
+
+    @property
+    def flop_ratio(self) -> float:
+        """FLOPs of the original over FLOPs of the plan: the speed-up if time followed FLOPs."""
+        return 1 / max(self.plan.totals.kept("flops", "model"), 1e-12)
+
+    @property
+    def amounts(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Quantity, scope, before, after, share kept, share asked for; a row each."""
+        rows = []
+        for quantity, label in (("params", "parameters"), ("flops", "FLOPs")):
+            for of in ("model", "sites"):
+                before, after = getattr(self.plan.totals, f"{'model' if of == 'model' else 'site'}_{quantity}")
+                target = self.plan.target
+                asked = isinstance(target, Keep) and (target.quantity, target.of) == (quantity, of)
+                share = percent(target.share) if isinstance(target, Keep) and asked else ""
+                form = count if quantity == "params" else scaled
+                kept = percent(self.plan.totals.kept(quantity, of))
+                rows.append((label, f"of the {of}", form(before), form(after), kept, share))
+        return rows
+
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """Weights that are no layers a form could stand for, by the reason."""
+        grouped: dict[str, list[str]] = {}
+        for entry in self.plan.left_alone:
+            grouped.setdefault(entry.reason, []).append(entry.name)
+        return grouped
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The asked target and the knee, for :func:`chart`."""
+        plan, quantity = self.plan, self.quantity
+        marks = [Mark("asked", f"{plan.target}: {number(plan.error)}", plan.totals.kept(quantity, "model"), plan.error)]
+        bend = knee(plan.curve, quantity)
+        if bend is not None:
+            marks.append(Mark("knee", "knee", getattr(bend, quantity), bend.error))
+        return marks
+
+    # ---- plain text ------------------------------------------------------------------------------------------------
+
+    def _totals(self) -> list[str]:
+        plan, timing = self.plan, self.timing
+        header = ("", "", "before", "after", "kept", "asked")
+        rows = [(label if of.endswith("model") else "", of, *rest) for label, of, *rest in self.amounts]
+        lines = _table([header, *rows], "llrrrr")
+        asked = "" if self.asked_error is None else f", asked at most {self.asked_error:g}"
+        facts = [
+            (
+                "error",
+                f"{number(plan.error)} on held-out data{asked}; {number(plan.select_error)} on the half that chose the "
+                f"plan, {number(plan.predicted_error)} predicted",
+            )
+        ]
+        if timing is not None:
+            facts.append(
+                (
+                    "speed",
+                    f"{speed(timing.speedup)} measured ({seconds(timing.baseline_seconds)} to "
+                    f"{seconds(timing.candidate_seconds)}, interquartile range {timing.spread:.2f} over "
+                    f"{timing.rounds} rounds); {speed(self.flop_ratio)} if time followed FLOPs",
+                )
+            )
+        if plan.candidates:
+            tried = ", ".join(
+                f"{name} {number(error)}{' (chosen)' if name == plan.candidate else ''}"
+                for name, error in plan.candidates
+            )
+            facts.append(("candidates", f"{tried}: error of each on the half that chose the plan"))
+        facts.append(("planner", f"{plan.planner}, seed {plan.seed}"))
+        for name, fact in facts:
+            lines += textwrap.wrap(fact, WIDTH, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+        return lines
+
+    def _layers(self) -> list[str]:
+        sites = self.plan.sites
+        if not sites:
+            return ["Layers", "  none that a form could stand for"]
+        cells = [_cells(site) for site in sites]
+        header = ("shape", "form", "rank", "parameters", "kept", "error", "bound", "effect")
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+        room = max(WIDTH - sum(widths) - 2 * (len(widths) + 1), 24)
+        prefix = common_prefix([site.name for site in sites])
+        prefix = prefix if max(len(site.name) for site in sites) > room else ""
+        names = [_shortened(site.name.removeprefix(prefix), room) for site in sites]
+        room = max(len(name) for name in [*names, "layer"])
+
+        def line(name: str, row: Sequence[str]) -> str:
+            aligned = [f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+            return "  ".join([f"  {name:<{room}}", *aligned])
+
+        lines = ["Layers" + (f" (names start with {prefix})" if prefix else ""), line("layer", header)]
+        told = ""
+        for site, name, row in zip(sites, names, cells, strict=True):
+            if site.factored:
+                lines.append(line(name, row))
+                continue
+            start = line(name, row[:2]) + "  "
+            reason = "as above" if site.reason == told else site.reason
+            lines += textwrap.wrap(reason, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+            told = site.reason
+        return lines
+
+    def _left_alone(self) -> list[str]:
+        items = []
+        for reason, names in self.reasons.items():
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            items.append(f"{shown}: {reason}")
+        return _section("Left alone", items)
+
+    def trade_off(self) -> list[str]:
+        """The trade-off curve as lines, with the asked target and the knee marked."""
+        plan, quantity = self.plan, self.quantity
+        if len(plan.curve) < 2:
+            return []
+        totals = plan.totals
+        asked = TradeOff(totals.kept("params", "model"), totals.kept("flops", "model"), plan.predicted_error)
+        bend = knee(plan.curve, quantity)
+        entries = [(point, "knee of the curve" if point == bend else "") for point in plan.curve]
+        entries.append((asked, f"asked: {plan.target}, measured {number(plan.error)}"))
+        entries.sort(key=lambda entry: (-getattr(entry[0], quantity), bool(entry[1])))
+        rows = [
+            (percent(point.params), percent(point.flops), number(point.error), f"<- {mark}" if mark else "")
+            for point, mark in entries
+        ]
+        return [
+            "Trade-off: what may remain of the model, and the error predicted for it",
+            *_table([("parameters", "FLOPs", "error", ""), *rows], "rrrl"),
+        ]
+
+
+# ---- lines of text ---------------------------------------------------------------------------------------------------
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The dotted prefix that all of several names share, with its last dot; empty for a single name.
+
+    >>> common_prefix(["encoder.layer.0.q", "encoder.layer.1.q"])
+    'encoder.layer.'
+    """
+    parts = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(names) < 2 or len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def _shortened(name: str, room: int) -> str:
+    return name if len(name) <= room else "..." + name[len(name) - room + 3 :]
+
+
+def _cells(site: SitePlan) -> tuple[str, ...]:
+    shape = f"{site.out_features} x {site.in_features}"
+    if not site.factored:
+        return shape, site.form, *[""] * 6
+    before, after = site.params
+    return (
+        shape,
+        site.form,
+        str(site.rank),
+        f"{count(before)} -> {count(after)}",
+        percent(after / before),
+        number(site.error),
+        number(site.bound),
+        number(site.effect),
+    )
+
+
+def _table(rows: Rows, aligned: str) -> list[str]:
+    """Rows of cells as lines, a column per letter of ``aligned``: ``l`` or ``r``."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(aligned))]
+    sides = {"l": "<", "r": ">"}
+    return [
+        "  " + "  ".join(f"{cell:{sides[side]}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True))
+        for row in rows
+    ]
+
+
+def _section(title: str, items: Sequence[str]) -> list[str]:
+    lines = [title]
+    for item in items:
+        lines += textwrap.wrap(item, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return lines if items else []
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH)
+
+
+def _sentences(notes: Sequence[str]) -> list[str]:
+    return [f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in notes[-1:]]

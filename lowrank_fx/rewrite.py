@@ -1,0 +1,74 @@
+"""REWRITE and FOLD: a plan's factors go into a graph, and come out again.
+
+The captured graph itself is never changed: a copy is. The copy owns its modules; with ``clone=True`` it also owns its
+tensors, so that nothing it does can reach the user's model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from lowrank_fx.forms import Factors
+from lowrank_fx.passes import order
+from lowrank_fx.passes.base import PassManager
+from lowrank_fx.sites import Site
+
+
+def copy_graph_module(gm: GraphModule, *, clone: bool) -> GraphModule:
+    """A graph module with its own graph and modules; its tensors are cloned or shared.
+
+    A tensor that has several names is one tensor in the copy too.
+    """
+    copied = GraphModule(gm, _copy_graph(gm.graph), class_name=type(gm).__name__)
+    if not clone:
+        return copied
+    clones: dict[int, Tensor] = {}
+    for module in copied.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                new = clones.get(id(parameter))
+                if new is None:
+                    new = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                    clones[id(parameter)] = new
+                module._parameters[name] = new  # type: ignore[assignment]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
+    return copied
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    """The graph with the same node names, metadata and calling convention."""
+    copied = Graph()
+    output = copied.graph_copy(graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    value, old = output
+    copied.output(value).meta = dict(old.meta)
+    for source, target in zip(graph.nodes, copied.nodes, strict=True):
+        target.name = source.name  # sites and taps refer to nodes by name
+    copied.set_codegen(graph._codegen)
+    return copied
+
+
+def factorize(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], *, clone: bool) -> GraphModule:
+    """A copy of the clean captured graph with the given sites factored.
+
+    Args:
+        gm: the clean captured graph; unchanged.
+        factored: the site and its factors, by site name.
+        clone: whether tensors that are not factored are cloned.
+    """
+    # Weights that are about to be replaced are not cloned first: the passes delete them.
+    rewritten = copy_graph_module(gm, clone=False)
+    PassManager(order.rewriting(factored)).run(rewritten)
+    return copy_graph_module(rewritten, clone=True) if clone else rewritten
+
+
+def fold(gm: GraphModule, sites: Mapping[str, Site]) -> GraphModule:
+    """A copy of a factored graph, sharing no tensor with it, with one dense operator per site."""
+    folded = copy_graph_module(gm, clone=False)
+    PassManager(order.folding(sites)).run(folded)
+    return copy_graph_module(folded, clone=True)

@@ -1,0 +1,264 @@
+"""What one calibration makes possible: a plan, and the factors for it, for any target, in seconds.
+
+A session owns the clean captured graph, the sketches' error curves and the measured effects. It never changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from lowrank_fx import cost
+from lowrank_fx.calibrate import Calibration
+from lowrank_fx.capture import CallSignature
+from lowrank_fx.effects import EffectCurve, SiteCurves, joint_error
+from lowrank_fx.errors import TargetError
+from lowrank_fx.forms import DENSE, Factors, relative
+from lowrank_fx.plan import Plan, SitePlan, Totals, TradeOff
+from lowrank_fx.planners import planner
+from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
+from lowrank_fx.planners.problem import Option, Pick, Problem
+from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.targets import Keep, Quantity, Target, Tolerance
+
+CURVE_POINTS = 9
+"""Points of the trade-off curve, dense included."""
+
+Factored = dict[str, tuple[Site, Factors]]
+
+
+@dataclass
+class Session:
+    """A calibrated model, ready to be planned.
+
+    Attributes:
+        model: the user's model, for measuring against it.
+        graph_module: the clean captured graph.
+        calls: how it is called.
+        table: its sites and taps.
+        calibration: sketches, rows, FLOPs, cached batches.
+        curves: error curves by site name.
+        effects: measured effects by (site name, form name).
+        planner: the planner's name.
+        cleanup: what was folded before sites were found.
+        notes: what the user should know.
+        params: number of parameters of the user's model.
+    """
+
+    model: nn.Module
+    graph_module: GraphModule
+    calls: CallSignature
+    table: SiteTable
+    calibration: Calibration
+    curves: Mapping[str, SiteCurves]
+    effects: Mapping[tuple[str, str], EffectCurve]
+    planner: str
+    cleanup: tuple[str, ...]
+    notes: tuple[str, ...]
+    params: int
+    _problem: Problem | None = field(default=None, repr=False)
+    _compiled: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @property
+    def problem(self) -> Problem:
+        """The options of every site."""
+        if self._problem is None:
+            self._problem = Problem({site.name: self._options(site) for site in self.table.sites})
+        return self._problem
+
+    def plan(self, target: Target) -> tuple[Plan, Factored]:
+        """The plan for ``target``, and the factors of every site it factors.
+
+        Raises:
+            TargetError: the target cannot be reached; the message names the smallest reachable value.
+        """
+        batches = self.calibration.select_batches
+        errors: dict[Pick, float] = {}
+
+        def evaluate(pick: Pick) -> float:
+            if pick not in errors:
+                errors[pick] = joint_error(self.graph_module, self.curves, self.problem.factored(pick), batches)
+            return errors[pick]
+
+        allocators = planner(self.planner)
+        if isinstance(target, Tolerance):
+            quantity: Quantity = "flops"
+            outcome = within_tolerance(self.problem, quantity, target.error, allocators, evaluate)
+        else:
+            quantity = target.quantity
+            outcome = within_budget(self.problem, quantity, self._budget(target), allocators, evaluate)
+        return self._finish(target, quantity, outcome)
+
+    def compiled_original(self) -> Callable[..., Any]:
+        """The user's model through ``torch.compile``, compiled once for all plans of this session."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self.model)
+        return self._compiled
+
+    def dense_plan(self, plan: Plan, reason: str) -> Plan:
+        """``plan`` with every site dense for ``reason``: the original comes back."""
+        sites = tuple(
+            replace(
+                site,
+                form=DENSE,
+                rank=None,
+                params=(site.params[0],) * 2,
+                flops=(site.flops[0],) * 2,
+                error=0.0,
+                bound=0.0,
+                effect=0.0,
+                reason=reason if site.factored else site.reason,
+            )
+            for site in plan.sites
+        )
+        return replace(
+            plan,
+            sites=sites,
+            candidate=DENSE,
+            totals=self._totals(self.problem.dense),
+            predicted_error=0.0,
+            select_error=0.0,
+            error=0.0,
+            notes=(*plan.notes, reason),
+        )
+
+    # ---- the problem ---------------------------------------------------------------------------------------------
+
+    def _options(self, site: Site) -> tuple[Option, ...]:
+        shape = (site.out_features, site.in_features)
+        rows = self.calibration.rows_of(site)
+        options = [Option(DENSE, None, cost.dense_params(*shape), cost.dense_flops(*shape, rows), 0.0, 0.0)]
+        entry = self.curves.get(site.name)
+        for form, curve in entry.forms.items() if entry is not None else ():
+            effect = self.effects[site.name, form]
+            for rank in curve.ranks:
+                error = curve.error(rank)
+                params, flops = cost.pair_params(*shape, rank), cost.pair_flops(*shape, rank, rows)
+                options.append(Option(form, rank, params, flops, error, effect.at(error)))
+        return tuple(options)
+
+    def _fixed(self, quantity: Quantity) -> int:
+        """What the clean graph costs besides the sites' weights."""
+        dense = self.problem.cost(self.problem.dense, quantity)
+        if quantity == "flops":
+            return self.calibration.flops - dense
+        return sum(parameter.numel() for parameter in self.graph_module.parameters()) - dense
+
+    def _before(self, quantity: Quantity) -> int:
+        return self.calibration.flops if quantity == "flops" else self.params
+
+    def _budget(self, target: Keep) -> int:
+        """What the sites may cost so that ``target`` holds."""
+        quantity = target.quantity
+        of_model = target.of == "model"
+        before = self._before(quantity) if of_model else self.problem.cost(self.problem.dense, quantity)
+        fixed = self._fixed(quantity) if of_model else 0
+        budget = math.floor(target.share * before) - fixed
+        smallest = self.problem.smallest(quantity)
+        if smallest > budget:
+            reachable = math.ceil((smallest + fixed) / max(before, 1) * 1e4) / 1e4
+            raise TargetError(
+                f"{target} cannot be reached: the smallest reachable is {quantity}={reachable:g} "
+                f"({len(self.curves)} of {len(self.table.sites) + len(self.table.left_alone)} weights can be factored)"
+            )
+        return budget
+
+    # ---- the plan ------------------------------------------------------------------------------------------------
+
+    def _finish(self, target: Target, quantity: Quantity, outcome: Outcome) -> tuple[Plan, Factored]:
+        factored: Factored = {}
+        sites = []
+        for name, option in self.problem.chosen(outcome.pick).items():
+            site = next(site for site in self.table.sites if site.name == name)
+            bound = 0.0
+            if option.rank is not None:
+                factored[name] = (site, self.curves[name].factors(option.form, option.rank))
+                bound = self._bound(site, option.form, factored[name][1])
+            dense = self.problem.options[name][0]
+            sites.append(
+                SitePlan(
+                    name=name,
+                    weight=site.weight,
+                    form=option.form,
+                    rank=option.rank,
+                    out_features=site.out_features,
+                    in_features=site.in_features,
+                    params=(dense.params, option.params),
+                    flops=(dense.flops, option.flops),
+                    error=option.error,
+                    bound=bound,
+                    effect=option.effect,
+                    reason="" if option.rank is not None else self._why_dense(site, target, quantity),
+                )
+            )
+        error = joint_error(
+            self.graph_module, self.curves, self.problem.factored(outcome.pick), self.calibration.report_batches
+        )
+        plan = Plan(
+            target=target,
+            planner=self.planner,
+            candidate=outcome.candidate,
+            seed=self.calibration.seed,
+            sites=tuple(sites),
+            left_alone=self.table.left_alone,
+            cleanup=self.cleanup,
+            notes=self.notes,
+            totals=self._totals(outcome.pick),
+            predicted_error=self.problem.effect(outcome.pick),
+            select_error=outcome.error,
+            error=error,
+            candidates=outcome.candidates,
+            curve=self._trade_off(quantity),
+        )
+        return plan, factored
+
+    def _bound(self, site: Site, form: str, factors: Factors) -> float:
+        """Certified upper bound of the site's relative output error, for the factors as stored."""
+        sketch = self.calibration.sketch_of(self.table, site)
+        assert sketch is not None
+        entry = self.curves[site.name]
+        residual: Tensor = site.matrix(entry.weight.detach()).double() - factors.dense_matrix()
+        return relative(sketch.certificate(residual, centered=site.centered)[1], entry.forms[form].energy)
+
+    def _why_dense(self, site: Site, target: Target, quantity: Quantity) -> str:
+        if self.calibration.rows_of(site) == 0:
+            return "calibration never reached it"
+        options = self.problem.options[site.name][1:]
+        if not options:
+            break_even = cost.break_even_rank(site.out_features, site.in_features)
+            return f"no rank is on offer below its break-even rank {break_even:g}, or its form is not allowed"
+        best = max(options, key=lambda option: option.cost(quantity))
+        dense = self.problem.options[site.name][0].cost(quantity)
+        saved = 1 - best.cost(quantity) / dense if dense else 0.0
+        return (
+            f"{target} is met without it; rank {best.rank} would save {saved:.0%} of its {quantity} "
+            f"for a predicted effect of {best.effect:.2g}"
+        )
+
+    def _totals(self, pick: Pick) -> Totals:
+        quantities: dict[str, tuple[int, int]] = {}
+        for quantity in get_args(Quantity):
+            dense, chosen = (self.problem.cost(each, quantity) for each in (self.problem.dense, pick))
+            fixed, before = self._fixed(quantity), self._before(quantity)
+            quantities[f"model_{quantity}"] = (before, fixed + chosen)
+            quantities[f"site_{quantity}"] = (dense, chosen)
+        return Totals(**quantities)
+
+    def _trade_off(self, quantity: Quantity) -> tuple[TradeOff, ...]:
+        """The predicted curve from the smallest reachable cost to dense."""
+        smallest, dense = self.problem.smallest(quantity), self.problem.cost(self.problem.dense, quantity)
+        points = []
+        for step in range(CURVE_POINTS):
+            budget = smallest + (dense - smallest) * step // (CURVE_POINTS - 1)
+            pick = by_effect(self.problem, quantity, budget)
+            totals = self._totals(pick)
+            points.append(
+                TradeOff(totals.kept("params", "model"), totals.kept("flops", "model"), self.problem.effect(pick))
+            )
+        return tuple(points)

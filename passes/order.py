@@ -1,0 +1,43 @@
+"""The order in which passes run: one visible tuple per stage, and why.
+
+A stage is run by a :class:`~lowrank_fx.passes.base.PassManager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lowrank_fx.forms import Factors
+from lowrank_fx.passes.base import Pass
+from lowrank_fx.passes.factorize_conv import FactorizeConv
+from lowrank_fx.passes.factorize_linear import FactorizeLinear
+from lowrank_fx.passes.fold_batchnorm import FoldBatchNorm
+from lowrank_fx.passes.fold_constants import FoldConstants
+from lowrank_fx.passes.fold_factors import FoldFactors
+from lowrank_fx.passes.observe_taps import ObserveTaps
+from lowrank_fx.sites import Site, Tap
+
+
+def cleanup() -> tuple[Pass, ...]:
+    """What makes the captured graph plain, before sites are found."""
+    return (
+        FoldConstants(),  # first: a weight-normalised convolution is a parameter only after it
+        FoldBatchNorm(),  # before sites are found: the folded weight is the one to factor
+    )
+
+
+def observation(taps: Mapping[str, Tap], observers: Mapping[str, nn.Module]) -> tuple[Pass, ...]:
+    """What turns the clean graph into one that sketches while it runs."""
+    return (ObserveTaps(taps, observers),)
+
+
+def rewriting(factored: Mapping[str, tuple[Site, Factors]]) -> tuple[Pass, ...]:
+    """What puts factored pairs in place; the two touch different nodes, so their order is free."""
+    return (FactorizeLinear(factored), FactorizeConv(factored))
+
+
+def folding(sites: Mapping[str, Site]) -> tuple[Pass, ...]:
+    """What makes the factored graph dense again."""
+    return (FoldFactors(sites),)

@@ -1,0 +1,43 @@
+"""What holds for every test: the verifier is on, two threads, and torchvision can be imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+# Set before any test imports lowrank_fx, and only where the caller did not choose: `LOWRANK_FX_CHECK=0 pytest` works.
+os.environ.setdefault("LOWRANK_FX_CHECK", "1")
+
+# Sums depend on how they are split over threads; a fixed small number makes tolerances mean the same everywhere.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def _stand_in_for_torchvision_operators() -> torch.library.Library | None:
+    """Declare the operators that importing torchvision asks for, where its compiled library does not load.
+
+    timm needs torchvision, and transformers imports it when it is installed; but a torchvision built for CUDA does not
+    load beside a torch built without, and then its import fails for two operators that no test calls.
+
+    Returns:
+        The library that holds the declarations, which last as long as it does; None where torchvision is not
+        installed or brings its own operators.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    for compiled in sorted(Path(spec.origin).parent.glob("_C.*")):
+        try:
+            torch.ops.load_library(compiled)  # type: ignore[no-untyped-call]
+        except OSError:
+            continue
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+    return library
+
+
+_TORCHVISION = _stand_in_for_torchvision_operators()
