@@ -79,14 +79,17 @@ class _Placed:
     label_y: float
 
 
-LEFT, RIGHT, TOP, BOTTOM = 56, 560, 20, 300
-"""Edges of the plotting area of :func:`chart`; labels may run on to its right, up to 800."""
+WIDTH = 1000
+LEFT, RIGHT, TOP, BOTTOM = 60, 680, 20, 300
+"""Edges of the plotting area of :func:`chart`; labels may run on to its right, up to ``WIDTH``."""
 
 _LABEL_HEIGHT = 19
 _LETTER_WIDTH = 6.8
 
 
-def chart(curve: Sequence[TradeOff], quantity: Quantity, marks: Sequence[Mark]) -> Markup:
+def chart(
+    curve: Sequence[TradeOff], quantity: Quantity, marks: Sequence[Mark], limit: tuple[str, float] | None = None
+) -> Markup:
     """The trade-off curve as an SVG element, styled by the page's style sheet.
 
     Errors above 1 are cut off: an output of zeros would be better.
@@ -95,6 +98,7 @@ def chart(curve: Sequence[TradeOff], quantity: Quantity, marks: Sequence[Mark]) 
         curve: predicted.
         quantity: what the x axis shows.
         marks: points to name beside the curve.
+        limit: what was asked for, as a line to draw: ``("error", value)`` or ``("kept", share of the model)``.
 
     Returns:
         Markup that needs no further escaping; empty where the curve has fewer than two points.
@@ -102,8 +106,9 @@ def chart(curve: Sequence[TradeOff], quantity: Quantity, marks: Sequence[Mark]) 
     if len(curve) < 2:
         return Markup()
     points = sorted((getattr(point, quantity), point.error) for point in curve)
-    kept = [x for x, _ in points] + [mark.kept for mark in marks]
-    errors = [min(y, 1.0) for _, y in points] + [mark.error for mark in marks]
+    axis, value = ("", 0.0) if limit is None else limit
+    kept = [x for x, _ in points] + [mark.kept for mark in marks] + [value] * (axis == "kept")
+    errors = [min(y, 1.0) for _, y in points] + [mark.error for mark in marks] + [value] * (axis == "error")
     x_ticks = ticks(min(kept), max(kept), 7)
     y_ticks = ticks(0.0, max(max(errors), 1e-9), 5)
 
@@ -115,7 +120,10 @@ def chart(curve: Sequence[TradeOff], quantity: Quantity, marks: Sequence[Mark]) 
         environment()
         .get_template("chart.svg.j2")
         .render(
+            width=WIDTH,
             edges=(LEFT, RIGHT, TOP, BOTTOM),
+            axis=axis,
+            limit=place(value if axis == "kept" else x_ticks[0], value if axis == "error" else 0.0),
             quantity={"params": "parameters", "flops": "FLOPs"}[quantity],
             line=[place(x, y) for x, y in points],
             dots=[(*place(x, y), x, y) for x, y in points if y <= y_ticks[-1]],
@@ -145,7 +153,7 @@ def _placed(marks: Sequence[Mark], place: Callable[[float, float], tuple[float, 
     done: list[_Placed] = []
     for mark in sorted(marks, key=lambda mark: mark.error):
         x, y = place(mark.kept, mark.error)
-        left = min(x + 16, 800 - len(mark.label) * _LETTER_WIDTH)
+        left = min(x + 16, WIDTH - len(mark.label) * _LETTER_WIDTH)
         top = y - 14
         for other in sorted(done, key=lambda other: -other.label_y):
             apart = (

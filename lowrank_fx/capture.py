@@ -77,6 +77,11 @@ class CallSignature:
                     raise CallError(
                         f"input {position} has shape {tuple(leaf.shape)}, captured with {known.dim()} dimensions"
                     )
+                if _kind_of(leaf.dtype) != _kind_of(known.dtype):
+                    raise CallError(
+                        f"input {position} is {leaf.dtype}, captured with {known.dtype}; Python branches on such a "
+                        "difference became part of the graph"
+                    )
             elif isinstance(leaf, Tensor) or leaf != known:
                 raise CallError(
                     f"input {position} is {_brief(leaf)}, but the model was captured with {known!r}, which became "
@@ -97,7 +102,7 @@ class CallSignature:
         given = self._by_name(args, kwargs)
         for name in [name for name in given if name not in self._given]:
             default = self.signature.parameters[name].default if name in self.signature.parameters else inspect._empty
-            if given[name] is not None and given[name] is not default:
+            if not _is_default(given[name], default):
                 raise CallError(
                     f"argument {name}={_brief(given[name])} was not given when the model was captured (then: "
                     f"{', '.join(self._given)}); optimize again with a batch or forward_args= that passes it"
@@ -170,7 +175,8 @@ def capture(model: nn.Module, call: Call) -> Captured:
         CaptureError: export refused the model; the message names the model's own line and says what to do.
     """
     model = unwrap(model)
-    example = _at_least_two_rows(call)
+    # Export merges inputs that are one object, and a later call may give two.
+    example = _at_least_two_rows(call).map(lambda tensor: tensor.detach().clone())
     notes: list[str] = []
     with preserved(model) as hooks, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -228,11 +234,26 @@ def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, str]:
             if dims:
                 shapes[tensor] = dict.fromkeys(dims, Dim.AUTO)
         try:
-            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False), dynamic
+            # Without dynamic dimensions no shapes at all: export does not find those of a **kwargs argument.
+            given = shapes if dynamic else None
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=given, strict=False), dynamic
         except Exception as error:  # export raises many kinds; the last attempt's reason is the one that counts
             failure = error
+            if "DynamicCache" in str(error) and _register_dynamic_cache():
+                return _export(model, call)
     assert failure is not None
     raise CaptureError(_explain(model, failure)) from failure
+
+
+def _register_dynamic_cache() -> bool:
+    """Let pytree see into the key-value cache that Hugging Face decoders return; False if that was tried before."""
+    known = {kind.__name__ for kind in pytree.SUPPORTED_NODES}
+    try:
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+    except ImportError:
+        return False
+    register_dynamic_cache_export_support()  # type: ignore[no-untyped-call,unused-ignore]
+    return "DynamicCache" not in known
 
 
 def _dynamic_dims(tensor: Tensor, dynamic: str) -> tuple[int, ...]:
@@ -256,11 +277,14 @@ def _explain(model: nn.Module, error: Exception) -> str:
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     where = f" at {own[-1].filename}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return (
-        f"torch.export could not capture {type(model).__name__}{where}: {type(error).__name__}: {cause}. "
-        "Control flow that depends on a tensor's values (if, while, .item()) cannot become a graph: move it out of "
-        "forward, use torch.where or torch.cond, or optimize the submodules that do the work one by one"
-    )
+    if "not a known type" in cause:
+        advice = "register that class with torch.utils._pytree.register_pytree_node, or return tensors"
+    else:
+        advice = (
+            "control flow that depends on a tensor's values (if, while, .item()) cannot become a graph: move it out of "
+            "forward, use torch.where or torch.cond, or optimize the submodules that do the work one by one"
+        )
+    return f"torch.export could not capture {type(model).__name__}{where}: {type(error).__name__}: {cause}; {advice}"
 
 
 def _standalone(exported: nn.Module) -> tuple[GraphModule, Callable[..., object] | None]:
@@ -310,6 +334,18 @@ def _belongs_to_torch(hook: object) -> bool:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more modules" if len(names) > 5 else "")
+
+
+def _kind_of(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """What models branch on; precision may change, with ``.to()`` on the optimized model."""
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
+
+
+def _is_default(value: object, default: object) -> bool:
+    if value is default:
+        return True
+    # Only plain values can be compared; an array or a tensor has no single answer.
+    return isinstance(value, bool | int | float | str | tuple) and type(value) is type(default) and value == default
 
 
 def _brief(value: object) -> str:

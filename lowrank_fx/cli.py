@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from enum import StrEnum
@@ -198,28 +199,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(args=list(given), prog_name=COMMAND, standalone_mode=False)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     except typer.Abort:
-        return _fail("interrupted", 130)
+        code = 130
     except Exception as error:
         if "--debug" in given:
             traceback.print_exc()
             return 2 if _expected(error) else 1
-        # typer's own errors know their sentence; the first line of the others is the cause.
         if _expected(error):
             return _fail(_message(error), 2)
-        return _fail(f"{type(error).__name__}: {_message(error)} (run with --debug for the traceback)", 1)
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        return _fail(f"{cause} (run with --debug for the traceback)", 1)
+    if code == 130:
+        return _fail("interrupted", code)
     return code if isinstance(code, int) else 0
 
 
 def _expected(error: Exception) -> bool:
+    # Only the errors of the command line's parser have this method; their class has moved between versions of typer.
     return isinstance(error, LowRankError) or hasattr(error, "format_message")
 
 
 def _message(error: Exception) -> str:
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return " ".join(text.split())
 
 
 def _fail(cause: str, code: int) -> int:

@@ -27,12 +27,11 @@ from lowrank_fx._render import Mark, environment, number, percent, speed
 from lowrank_fx.errors import LowRankError
 from lowrank_fx.module import LowRankModule
 from lowrank_fx.pipeline import optimize
-from lowrank_fx.report import Report
+from lowrank_fx.report import WIDTH, Report, aligned
 from lowrank_fx.targets import Keep, Target, Tolerance
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table as RichTable
 
 TARGETS: tuple[Target, ...] = (
     Tolerance(0.1),
@@ -47,7 +46,7 @@ SHOWN: Target = TARGETS[2]
 CALIBRATION_SENTENCES = 1500
 TEST_SENTENCES = 400
 BATCH = 32
-TOKENS = 128
+TOKENS = 64
 
 CALIBRATION_SOURCES = (
     *("argparse", "ast", "asyncio", "collections", "concurrent", "configparser", "csv", "ctypes", "dataclasses"),
@@ -180,7 +179,7 @@ _PLAIN = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()./_-]+[.!?]")
 
 
 def split_sentences(text: str) -> list[str]:
-    r"""The English sentences of a docstring: 6 to 40 words each, without markup, code and lists.
+    r"""The English sentences of a docstring: 6 to 25 words each, without markup, code and lists.
 
     >>> split_sentences("Open the file. It must exist already, or an error is raised.\n\n    code = 1")
     ['It must exist already, or an error is raised.']
@@ -195,7 +194,7 @@ def split_sentences(text: str) -> list[str]:
         for sentence in _SENTENCE_END.split(re.sub(r"\s+", " ", prose)):
             words = sentence.split(" ")
             letters = sum(character.isalpha() or character == " " for character in sentence)
-            if 6 <= len(words) <= 40 and _PLAIN.fullmatch(sentence) and letters >= 0.9 * len(sentence):
+            if 6 <= len(words) <= 25 and _PLAIN.fullmatch(sentence) and letters >= 0.9 * len(sentence):
                 sentences.append(sentence)
     return sentences
 
@@ -299,8 +298,10 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.html", page.encode())
 
-    console.print(_table(measured))
-    console.print("\n".join(report.trade_off()), markup=False, soft_wrap=True)
+    lines = ["", *textwrap.wrap(LEGEND, WIDTH)]
+    lines += aligned([("target", *SHORT_COLUMNS), *map(_row, measured)], "l" + "r" * len(SHORT_COLUMNS))
+    lines += ["", *report.trade_off()]
+    console.print("\n".join(line.rstrip() for line in lines), markup=False, soft_wrap=True)
     console.print(
         f"\n{out / 'report.html'} shows this and every layer of {shown}. Took {time.monotonic() - started:.0f} s.",
         markup=False,
@@ -321,6 +322,14 @@ COLUMNS = (
 )
 
 
+SHORT_COLUMNS = ("layers", "model", "FLOPs", "error", "cosine", "neighbours", "speed")
+LEGEND = (
+    "Kept of the layers' parameters, of the model's and of its FLOPs; error on held-out data; on the test sentences "
+    "the mean cosine to the original's embeddings and the share whose nearest neighbour is the same; speed against the "
+    "original"
+)
+
+
 def _row(measured: Measured) -> tuple[str, ...]:
     """The cells of ``COLUMNS``."""
     plan, timing = measured.report.plan, measured.report.timing
@@ -334,18 +343,6 @@ def _row(measured: Measured) -> tuple[str, ...]:
         percent(measured.neighbours),
         "-" if timing is None else speed(timing.speedup),
     )
-
-
-def _table(measured: Sequence[Measured]) -> RichTable:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left", no_wrap=False)
-    for entry in measured:
-        table.add_row(*_row(entry))
-    return table
 
 
 def _marks(measured: Sequence[Measured], shown: Report) -> list[Mark]:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lowrank_fx._progress import Progress
@@ -30,6 +29,7 @@ from lowrank_fx.compare import ErrorSum
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import FORMS, ErrorCurve, Factors, forms_for
 from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.walk import Walk
 
 EFFECT_FLOPS = 2.0e12
 """Work allowed for measuring effects; it sets how many rows of the cached batches are used."""
@@ -137,14 +137,21 @@ def measure_effects(
         (name, form, rank): ErrorSum() for (name, form), chosen in ranks.items() for rank in chosen
     }
     batches = _affordable(gm, calibration, len(sums))
-    walk = _Walk(gm)
+    walk = Walk(gm)
+    firsts = {name: min(walk.position[call.node] for call in entry.site.calls) for name, entry in curves.items()}
+    starts = sorted(firsts.items(), key=lambda start: start[1])
     with torch.no_grad(), Progress("effects", len(sums) * len(batches), progress) as bar:
         for batch in batches:
-            for name, fork in walk.forks(batch, {name: entry.site for name, entry in curves.items()}):
+            run = walk.run(batch.call)
+            for name, position in starts:
+                while run.position < position:
+                    run.compute()
+                    run.move()
                 for form in curves[name].forms:
                     for rank in ranks[name, form]:
-                        outputs = fork(substitutes(gm, curves[name], form, rank))
-                        sums[name, form, rank].add(outputs, batch.reference, batch.call.mask)
+                        fork = run.fork()
+                        fork.exchange(substitutes(gm, curves[name].site, curves[name].factors(form, rank)))
+                        sums[name, form, rank].add(fork.finish(), batch.reference, batch.call.mask)
                         bar.advance(note=name)
     found = {}
     for (name, form), chosen in ranks.items():
@@ -153,122 +160,35 @@ def measure_effects(
     return found
 
 
-def substitutes(gm: GraphModule, entry: SiteCurves, form: str, rank: int) -> dict[str, Tensor]:
+def substitutes(gm: GraphModule, site: Site, factors: Factors) -> dict[str, Tensor]:
     """Stand-ins for a site's weight and biases, by fully qualified name: the dense product of its factors."""
-    site, factors = entry.site, entry.factors(form, rank)
-    values = {site.weight: site.unmatrix(factors.dense_matrix()).to(entry.weight.dtype)}
+    values = {site.weight: site.unmatrix(factors.dense_matrix()).to(factors.factor_in.dtype)}
     if factors.shift is not None:
-        for name in dict.fromkeys(call.bias for call in site.calls if call.bias is not None):
+        for name in site.biases:
             bias = gm.get_parameter(name).detach()
             values[name] = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
     return values
 
 
-def joint_error(
-    gm: GraphModule,
-    curves: Mapping[str, SiteCurves],
-    choice: Mapping[str, tuple[str, int]],
-    batches: Sequence[CachedBatch],
-) -> float:
-    """The relative error of the model's outputs with every chosen site factored at once.
+def joint_error(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], batches: Sequence[CachedBatch]) -> float:
+    """The relative error of the model's outputs with every given site factored at once.
 
     Args:
         gm: the clean captured graph.
-        curves: from :func:`error_curves`.
-        choice: site name -> (form, rank).
+        factored: a site and its factors, by site name.
         batches: with reference outputs.
     """
-    if not choice:
+    if not factored:
         return 0.0
     values: dict[str, Tensor] = {}
-    for name, (form, rank) in choice.items():
-        values.update(substitutes(gm, curves[name], form, rank))
+    for site, factors in factored.values():
+        values.update(substitutes(gm, site, factors))
     total = ErrorSum()
     with torch.no_grad():
         for batch in batches:
             outputs = pytree.tree_leaves(functional_call(gm, values, batch.call.args, batch.call.kwargs))
             total.add(tuple(outputs), batch.reference, batch.call.mask)
     return total.relative
-
-
-class _Walk:
-    """Runs a graph node by node, and lets a run fork where a site is first called."""
-
-    def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
-        self.nodes = list(gm.graph.nodes)
-        last: dict[Node, int] = {}
-        for position, node in enumerate(self.nodes):
-            for used in node.all_input_nodes:
-                last[used] = position
-        self.dying: list[list[Node]] = [[] for _ in self.nodes]
-        for node, position in last.items():
-            self.dying[position].append(node)
-        self.readers: dict[int, list[Node]] = {}
-        for node in self.nodes:
-            if node.op == "get_attr":
-                self.readers.setdefault(id(self._attribute(node)), []).append(node)
-
-    def forks(self, batch: CachedBatch, sites: Mapping[str, Site]) -> Iterator[tuple[str, _Fork]]:
-        """Run the batch; yield a fork at the first call of each site, in graph order."""
-        position_of = {node.name: position for position, node in enumerate(self.nodes)}
-        starts: dict[int, list[str]] = {}
-        for name, site in sites.items():
-            starts.setdefault(min(position_of[call.node] for call in site.calls), []).append(name)
-        inputs = iter(pytree.tree_leaves((batch.call.args, batch.call.kwargs)))
-        values: dict[Node, Any] = {}
-        for position, node in enumerate(self.nodes):
-            for name in starts.get(position, ()):
-                yield name, _Fork(self, values, position)
-            values[node] = next(inputs) if node.op == "placeholder" else self.execute(node, values)
-            for dead in self.dying[position]:
-                values.pop(dead, None)
-
-    def execute(self, node: Node, values: Mapping[Node, Any]) -> Any:
-        """The value of one node."""
-        if node.op == "get_attr":
-            return self._attribute(node)
-        args = torch.fx.node.map_arg(node.args, values.__getitem__)
-        kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-        if node.op == "output":
-            return args[0]
-        target = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        assert callable(target)
-        return target(*args, **kwargs)
-
-    def _attribute(self, node: Node) -> Any:
-        value: Any = self.gm
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
-
-
-class _Fork:
-    """The rest of a run from one node on, with some parameters exchanged."""
-
-    def __init__(self, walk: _Walk, values: Mapping[Node, Any], position: int) -> None:
-        self.walk = walk
-        self.values = values
-        self.position = position
-
-    def __call__(self, parameters: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        walk = self.walk
-        exchanged: dict[Node, Any] = {}
-        for name, tensor in parameters.items():
-            for reader in walk.readers[id(walk.gm.get_parameter(name))]:
-                exchanged[reader] = tensor
-        values = {**self.values, **{node: value for node, value in exchanged.items() if node in self.values}}
-        # What the parameters' readers have already passed on (a transpose) is computed again.
-        for node in walk.nodes[: self.position]:
-            if node in values and any(used in exchanged for used in node.all_input_nodes):
-                exchanged[node] = values[node] = walk.execute(node, {**values, **exchanged})
-        result: Any = None
-        for position in range(self.position, len(walk.nodes)):
-            node = walk.nodes[position]
-            result = values[node] = exchanged[node] if node in exchanged else walk.execute(node, values)
-            for dead in walk.dying[position]:
-                values.pop(dead, None)
-        return tuple(pytree.tree_leaves(result))
 
 
 def _measured_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:

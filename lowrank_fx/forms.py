@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lowrank_fx import cost
 from lowrank_fx.errors import OptionError
@@ -29,6 +30,13 @@ from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
 
 DENSE = "dense"
+
+PRIOR_ROWS = 1.0
+"""Rows of white noise, of the data's mean energy, that every exact sketch is taken to have seen as well.
+
+Next to thousands of rows they are nothing. Where there are fewer rows than dimensions they order the directions that no
+row has shown, by the weight itself, and keep their error above zero.
+"""
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,14 @@ class Form(ABC):
             ranks = tuple(rank for rank in ranks if rank <= sketch.size // 2) or ranks[:1]
         matrix = site.matrix(weight.detach())
         if sketch.exact:
-            basis, energies = output_spectrum(matrix, gram=sketch.gram(centered=site.centered))
+            gram = sketch.gram(centered=site.centered)
+            gram.diagonal().add_(gram.trace() * (PRIOR_ROWS / (sketch.rows * sketch.dim)))
+            basis, energies = output_spectrum(matrix, gram=gram)
         else:
-            basis, energies = output_spectrum(matrix, root=sketch.matrix(centered=site.centered))
+            root = sketch.matrix(centered=site.centered)
+            # Rows of zeros change no Gram; they make room for a basis of the largest rank when few rows were seen.
+            root = F.pad(root, (0, 0, 0, max(ranks[-1] - root.shape[0], 0)))
+            basis, energies = output_spectrum(matrix, root=root)
         tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
         keep = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return ErrorCurve(

@@ -1,32 +1,41 @@
-"""Dense linear algebra for sketches and factors: tensors in, tensors out, computed in float64 on the tensors' device."""
+"""Dense linear algebra for sketches and factors: tensors in, tensors out, in float64 on the tensors' device."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from lowrank_fx.errors import CalibrationError
 
 
 def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix, largest first.
 
-    The matrix is scaled to entries near one before the decomposition and the values are scaled back: LAPACK's own
-    scaling does not cover every driver, and squares of entries near 1e-160 or 1e160 would leave the range of float64.
+    The matrix is scaled to entries near one before the decomposition and the values are scaled back: a solver
+    that squares entries near 1e-160 or 1e160 would leave the range of float64.
 
     Args:
-        a: symmetric [s, s] of any floating dtype; only its lower triangle is read.
+        a: symmetric [s, s] of any floating dtype; only its lower triangle counts.
 
     Returns:
         values [s], float64, descending, of either sign; vectors [s, s], float64, orthonormal columns in the same order.
 
     Raises:
-        torch.linalg.LinAlgError: ``a`` holds a value that is not finite.
+        CalibrationError: ``a`` holds a value that is not finite.
     """
     a = a.to(torch.float64)
     if a.shape[0] == 0:
         return a.new_zeros(0), a
-    exponent = torch.frexp(a.abs().amax()).exponent.to(torch.float64)
-    # Two factors, because one power of two can itself be outside the range of float64 where its root is not.
-    half = torch.exp2(torch.floor(exponent / 2))
+    peak = float(a.abs().amax())
+    if not math.isfinite(peak):
+        raise CalibrationError(
+            f"a symmetric matrix of side {a.shape[0]} holds values that are not finite, so it has no eigenvalues; look "
+            f"for NaN or infinity in the layer's weight and inputs"
+        )
+    # In two steps, because the reciprocal of one power of two can leave the range of float64.
+    half = 2.0 ** (math.frexp(peak)[1] // 2)
     values, vectors = torch.linalg.eigh(a / half / half)
     return values.flip(0) * half * half, vectors.flip(1)
 
@@ -41,7 +50,7 @@ def psd_root(gram: Tensor) -> Tensor:
         B [r, d], float64, with orthogonal rows of descending length; r is the number of positive eigenvalues.
 
     Raises:
-        torch.linalg.LinAlgError: ``gram`` holds a value that is not finite.
+        CalibrationError: ``gram`` holds a value that is not finite.
     """
     values, vectors = symmetric_eigen(gram)
     positive = int((values > 0).sum())
@@ -64,12 +73,12 @@ def output_spectrum(weight: Tensor, *, gram: Tensor | None = None, root: Tensor 
         root: B [l, d].
 
     Returns:
-        basis [m, q], float64, orthonormal columns; energies [q], float64, descending and non-negative; q = min(m, d) for
-        ``gram`` and min(m, l, d) for ``root``.
+        basis [m, q], float64, orthonormal columns; energies [q], float64, descending and non-negative; q = min(m, d)
+        for ``gram`` and min(m, l, d) for ``root``.
 
     Raises:
         ValueError: both or neither of ``gram`` and ``root`` are given.
-        torch.linalg.LinAlgError: a value is not finite.
+        CalibrationError: a value is not finite.
     """
     if (gram is None) == (root is None):
         raise ValueError("output_spectrum takes exactly one of gram= and root=")

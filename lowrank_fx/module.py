@@ -30,7 +30,8 @@ class LowRankModule(nn.Module):
 
     Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
     ``layer.0.q.factor_in`` and ``layer.0.q.factor_out`` in place of ``layer.0.q.weight``. It trains, moves and saves
-    like any module. It was captured in eval mode: ``train()`` sets the flag, but dropout stays off and batch norms stay folded.
+    like any module. It was captured in eval mode: ``train()`` sets the flag, but dropout stays off and batch norms
+    stay folded.
 
     Attributes:
         artifact: graph, plan and timing.
@@ -60,7 +61,7 @@ class LowRankModule(nn.Module):
 
     def _prepare(self) -> None:
         gm = self.artifact.graph_module
-        self._run: Callable[..., Any] = _compiled(gm) if self.compiled else gm.forward
+        self._run: Callable[..., Any] = compile_module(gm) if self.compiled else gm.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; any call that ``forward`` of the original binds to the captured inputs.
@@ -143,14 +144,14 @@ class LowRankModule(nn.Module):
     def __reduce__(self) -> Any:
         raise LowRankError("a LowRankModule is not pickled: use save(folder) and lowrank_fx.load(model, folder)")
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         """One line: the target, how much is left, at what error."""
         totals, factored = self.plan.totals, len(self.plan.factored)
         return (
-            f"{self.plan.target}: {factored} of {len(self.plan.sites)} layers factored"
+            f"LowRankModule({self.plan.target}: {factored} of {len(self.plan.sites)} layers factored"
             f"{' and folded' if self.artifact.folded else ''}, "
             f"{totals.kept('params', 'model'):.1%} of parameters, {totals.kept('flops', 'model'):.1%} of FLOPs, "
-            f"error {self.plan.error:.3g}"
+            f"error {self.plan.error:.3g})"
         )
 
 
@@ -205,11 +206,12 @@ def compile_module(module: nn.Module) -> Callable[..., Any]:
     isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if isolate else {}
     compiled: Callable[..., Any] = torch.compile(module, **options)
-    return compiled
 
+    # A plain function: kept as an attribute, the compiled module itself would register as a child.
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
 
-def _compiled(gm: GraphModule) -> Callable[..., Any]:
-    return compile_module(gm)
+    return run
 
 
 def _device(module: nn.Module) -> torch.device:

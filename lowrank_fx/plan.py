@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from lowrank_fx.errors import PlanError
+from lowrank_fx.errors import PlanError, TargetError
 from lowrank_fx.forms import DENSE, FORMS
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Target, target_from_json
@@ -147,35 +149,45 @@ class Plan:
             found = data.get("version") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"a plan of version {PLAN_VERSION} is expected, this one says {found!r}")
         del data["version"]
-        try:
-            plan = cls(
-                **{
-                    **data,
-                    "target": target_from_json(data["target"]),
-                    "sites": tuple(_site_from_json(entry) for entry in data["sites"]),
-                    "left_alone": tuple(LeftAlone(**entry) for entry in data["left_alone"]),
-                    "cleanup": tuple(data["cleanup"]),
-                    "notes": tuple(data["notes"]),
-                    "totals": Totals(**{key: (int(a), int(b)) for key, (a, b) in data["totals"].items()}),
-                    "candidates": tuple((str(name), float(error)) for name, error in data["candidates"]),
-                    "curve": tuple(TradeOff(**entry) for entry in data["curve"]),
-                }
-            )
-        except PlanError:
-            raise
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise PlanError(f"a plan is malformed: {error!r}") from error
+        plan: Plan = _read(data, cls, "plan")
+        for site in plan.sites:
+            _check_site(site)
         return plan
 
 
-def _site_from_json(entry: Any) -> SitePlan:
-    site = SitePlan(**{**entry, "params": tuple(entry["params"]), "flops": tuple(entry["flops"])})
+def _read(data: Any, kind: Any, where: str) -> Any:
+    """JSON data as a value of the type ``kind``: a dataclass by its fields, a tuple, a number, a text."""
+    if kind == Target:
+        try:
+            return target_from_json(data)
+        except TargetError as error:
+            raise PlanError(f"a plan is malformed: {where}: {error}") from error
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(data, dict):
+        kinds = get_type_hints(kind)
+        if data.keys() != kinds.keys():
+            wrong = sorted(data.keys() ^ kinds.keys())[0]
+            raise PlanError(f"a plan is malformed: {where} {'lacks' if wrong in kinds else 'has an unknown'} {wrong!r}")
+        return kind(**{name: _read(data[name], kinds[name], f"{where}.{name}") for name in data})
+    if get_origin(kind) is tuple and isinstance(data, list):
+        members = get_args(kind)
+        members = members[:1] * len(data) if members[-1] is Ellipsis else members
+        if len(members) == len(data):
+            return tuple(_read(data[i], members[i], f"{where}[{i}]") for i in range(len(data)))
+    allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    is_number = type(data) is int or (type(data) is float and math.isfinite(data))
+    if is_number if float in allowed else type(data) in allowed:
+        return data
+    raise PlanError(f"a plan is malformed: {where} is {repr(data)[:60]}, which is no {getattr(kind, '__name__', kind)}")
+
+
+def _check_site(site: SitePlan) -> None:
     if site.form != DENSE and site.form not in FORMS:
         raise PlanError(f"site {site.name!r}: no form is called {site.form!r}; there are {[DENSE, *FORMS]}")
     limit = min(site.out_features, site.in_features)
-    if site.factored and not (isinstance(site.rank, int) and 1 <= site.rank <= limit):
+    if site.factored and not (site.rank is not None and 1 <= site.rank <= limit):
         raise PlanError(f"site {site.name!r}: rank {site.rank!r} is not between 1 and {limit}")
-    return site
+    if not site.factored and site.rank is not None:
+        raise PlanError(f"site {site.name!r}: it stays dense, yet has the rank {site.rank}")
 
 
 def _plain(value: Any) -> Any:

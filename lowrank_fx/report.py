@@ -105,6 +105,23 @@ class Report:
         return rows
 
     @property
+    def limit(self) -> tuple[str, float]:
+        """What was asked for, as :func:`chart` draws it; a share of the sites is told as one of the model."""
+        target, totals = self.plan.target, self.plan.totals
+        if isinstance(target, Tolerance):
+            return "error", target.error
+        if target.of == "model":
+            return "kept", target.share
+        model = totals.model_params if target.quantity == "params" else totals.model_flops
+        sites = totals.site_params if target.quantity == "params" else totals.site_flops
+        return "kept", (model[1] - sites[1] + target.share * sites[0]) / max(model[0], 1)
+
+    @property
+    def prefix(self) -> str:
+        """What all layers' names start with, told once instead of in every row."""
+        return common_prefix([site.name for site in self.plan.sites])
+
+    @property
     def reasons(self) -> dict[str, list[str]]:
         """Weights that are no layers a form could stand for, by the reason."""
         grouped: dict[str, list[str]] = {}
@@ -128,7 +145,7 @@ class Report:
         plan, timing = self.plan, self.timing
         header = ("", "", "before", "after", "kept", "asked")
         rows = [(label if of.endswith("model") else "", of, *rest) for label, of, *rest in self.amounts]
-        lines = _table([header, *rows], "llrrrr")
+        lines = aligned([header, *rows], "llrrrr")
         asked = "" if self.asked_error is None else f", asked at most {self.asked_error:g}"
         facts = [
             (
@@ -165,14 +182,13 @@ class Report:
         header = ("shape", "form", "rank", "parameters", "kept", "error", "bound", "effect")
         widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
         room = max(WIDTH - sum(widths) - 2 * (len(widths) + 1), 24)
-        prefix = common_prefix([site.name for site in sites])
-        prefix = prefix if max(len(site.name) for site in sites) > room else ""
+        prefix = self.prefix if max(len(site.name) for site in sites) > room else ""
         names = [_shortened(site.name.removeprefix(prefix), room) for site in sites]
         room = max(len(name) for name in [*names, "layer"])
 
         def line(name: str, row: Sequence[str]) -> str:
-            aligned = [f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
-            return "  ".join([f"  {name:<{room}}", *aligned])
+            fields = [f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+            return "  ".join([f"  {name:<{room}}", *fields])
 
         lines = ["Layers" + (f" (names start with {prefix})" if prefix else ""), line("layer", header)]
         told = ""
@@ -210,7 +226,7 @@ class Report:
         ]
         return [
             "Trade-off: what may remain of the model, and the error predicted for it",
-            *_table([("parameters", "FLOPs", "error", ""), *rows], "rrrl"),
+            *aligned([("parameters", "FLOPs", "error", ""), *rows], "rrrl"),
         ]
 
 
@@ -253,12 +269,12 @@ def _cells(site: SitePlan) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Rows, aligned: str) -> list[str]:
-    """Rows of cells as lines, a column per letter of ``aligned``: ``l`` or ``r``."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(aligned))]
-    sides = {"l": "<", "r": ">"}
+def aligned(rows: Rows, sides: str) -> list[str]:
+    """Rows of cells as lines, a column per letter of ``sides``: ``l`` or ``r``."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
+    signs = {"l": "<", "r": ">"}
     return [
-        "  " + "  ".join(f"{cell:{sides[side]}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True))
+        "  " + "  ".join(f"{cell:{signs[side]}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
         for row in rows
     ]
 

@@ -24,6 +24,7 @@ from lowrank_fx.plan import Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
 from lowrank_fx.planners.problem import Option, Pick, Problem
+from lowrank_fx.refit import refit
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import Keep, Quantity, Target, Tolerance
 
@@ -83,7 +84,7 @@ class Session:
 
         def evaluate(pick: Pick) -> float:
             if pick not in errors:
-                errors[pick] = joint_error(self.graph_module, self.curves, self.problem.factored(pick), batches)
+                errors[pick] = joint_error(self.graph_module, self._factor(pick), batches)
             return errors[pick]
 
         allocators = planner(self.planner)
@@ -172,13 +173,19 @@ class Session:
     # ---- the plan ------------------------------------------------------------------------------------------------
 
     def _finish(self, target: Target, quantity: Quantity, outcome: Outcome) -> tuple[Plan, Factored]:
-        factored: Factored = {}
+        factored = self._factor(outcome.pick)
+        candidate, select_error, candidates = outcome.candidate, outcome.error, outcome.candidates
+        if factored:
+            refitted = refit(self.graph_module, factored, self.calibration.effect_batches)
+            refit_error = joint_error(self.graph_module, refitted, self.calibration.select_batches)
+            candidates = (*candidates, (f"{candidate}, refitted", refit_error))
+            if refit_error < select_error:
+                factored, candidate, select_error = refitted, f"{candidate}, refitted", refit_error
         sites = []
         for name, option in self.problem.chosen(outcome.pick).items():
             site = next(site for site in self.table.sites if site.name == name)
             bound = 0.0
             if option.rank is not None:
-                factored[name] = (site, self.curves[name].factors(option.form, option.rank))
                 bound = self._bound(site, option.form, factored[name][1])
             dense = self.problem.options[name][0]
             sites.append(
@@ -197,13 +204,11 @@ class Session:
                     reason="" if option.rank is not None else self._why_dense(site, target, quantity),
                 )
             )
-        error = joint_error(
-            self.graph_module, self.curves, self.problem.factored(outcome.pick), self.calibration.report_batches
-        )
+        error = joint_error(self.graph_module, factored, self.calibration.report_batches)
         plan = Plan(
             target=target,
             planner=self.planner,
-            candidate=outcome.candidate,
+            candidate=candidate,
             seed=self.calibration.seed,
             sites=tuple(sites),
             left_alone=self.table.left_alone,
@@ -211,12 +216,19 @@ class Session:
             notes=self.notes,
             totals=self._totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
-            select_error=outcome.error,
+            select_error=select_error,
             error=error,
-            candidates=outcome.candidates,
+            candidates=candidates,
             curve=self._trade_off(quantity),
         )
         return plan, factored
+
+    def _factor(self, pick: Pick) -> Factored:
+        """The factors of every site that a pick factors."""
+        return {
+            name: (self.curves[name].site, self.curves[name].factors(form, rank))
+            for name, (form, rank) in self.problem.factored(pick).items()
+        }
 
     def _bound(self, site: Site, form: str, factors: Factors) -> float:
         """Certified upper bound of the site's relative output error, for the factors as stored."""

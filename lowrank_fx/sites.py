@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 import networkx as nx
 import torch
@@ -134,6 +135,11 @@ class Site:
     calls: tuple[SiteCall, ...]
     centered: bool
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Fully qualified names of the biases of all calls, each once."""
+        return tuple(dict.fromkeys(call.bias for call in self.calls if call.bias is not None))
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as a matrix ``[out_features, in_features]`` (a view)."""
         return weight.t() if self.transposed else weight.flatten(1)
@@ -213,18 +219,23 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
             if source is None or _is_transpose(node):
                 continue
             tensor = _fetch(gm, str(source.target))
-            if not (isinstance(tensor, Parameter) and tensor.is_floating_point() and tensor.dim() >= 2):
+            if not _is_weight(tensor):
                 continue
             known = tensors.setdefault(id(tensor), (str(source.target), tensor))
             group = uses.setdefault(id(known[1]), [])
             if node not in group:
                 group.append(node)
 
+    for fqn, parameter in gm.named_parameters():
+        if _is_weight(parameter):
+            tensors.setdefault(id(parameter), (fqn, parameter))
+
     unmatched = set(skip)
     sites: list[Site] = []
     taps: dict[str, Tap] = {}
     left_alone: list[LeftAlone] = []
-    for key in sorted(uses, key=lambda key: order[uses[key][0]]):
+    # In graph order; what the graph never reads comes last.
+    for key in sorted(tensors, key=lambda key: order[uses[key][0]] if key in uses else len(order)):
         fqn, tensor = tensors[key]
         name = _site_name(fqn)
         matched = [pattern for pattern in skip if _matches(pattern, name, fqn)]
@@ -233,15 +244,16 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
             left_alone.append(LeftAlone(name, f"skipped by the pattern {matched[0]!r}"))
             continue
         try:
-            site, site_taps = _make_site(gm, name, fqn, tensor, uses[key])
+            site, site_taps = _make_site(gm, name, fqn, tensor, uses.get(key, []))
         except _RefusedError as refusal:
             left_alone.append(LeftAlone(name, str(refusal)))
             continue
         sites.append(site)
         taps.update((tap.name, tap) for tap in site_taps)
     if unmatched:
-        names = ", ".join([site.name for site in sites][:8])
-        raise OptionError(f"skip={sorted(unmatched)[0]!r} matches no weight of this model; its layers are {names}, ...")
+        names = [_site_name(fqn) for fqn, _ in tensors.values()]
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise OptionError(f"skip={sorted(unmatched)[0]!r} matches no weight of this model; its layers are {shown}")
 
     graph: nx.DiGraph = nx.DiGraph()
     for site in sites:
@@ -253,11 +265,13 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
 
 
 def _make_site(gm: GraphModule, name: str, fqn: str, weight: Tensor, nodes: list[Node]) -> tuple[Site, list[Tap]]:
+    if not nodes:
+        raise _RefusedError("the captured graph never uses it")
     used = []
     for node in nodes:
         reader = _OPERATORS.get(node.target)
         if reader is None:
-            others = f" and {len(nodes) - 1} other nodes" if len(nodes) > 1 else ""
+            others = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
             raise _RefusedError(
                 f"its weight is used by {_op_name(node)}{others}, which is not a linear layer or convolution"
             )
@@ -370,7 +384,9 @@ _OPERATORS: dict[object, Callable[[Node], _Use]] = {
     aten.conv2d.padding: _read_conv2d,
 }
 
-_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
+_SWAPS = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+# The last two also conjugate, which changes nothing about a real weight.
+_WHOLE = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default, aten.matrix_H.default)
 
 
 # ---- small readers of graph nodes ------------------------------------------------------------------------------------
@@ -378,13 +394,14 @@ _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.pe
 
 def _is_transpose(node: Node) -> bool:
     """Whether the node swaps the two dimensions of a matrix that is an attribute."""
-    if node.target not in _TRANSPOSES or not isinstance(node.args[0], Node) or node.args[0].op != "get_attr":
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or source.op != "get_attr" or _rank(source) != 2:
         return False
-    if _rank(node.args[0]) != 2:
-        return False
-    if node.target is aten.transpose.int:
+    if node.target in _SWAPS:
         return {int(str(dim)) % 2 for dim in node.args[1:3]} == {0, 1}
-    return node.target is not aten.permute.default or [int(dim) % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[union-attr,arg-type]
+    if node.target is aten.permute.default:
+        return [int(dim) % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[union-attr,arg-type]
+    return node.target in _WHOLE
 
 
 def _attribute_behind(node: Node) -> Node | None:
@@ -396,6 +413,10 @@ def _attribute_behind(node: Node) -> Node | None:
         assert isinstance(source, Node)
         return source
     return None
+
+
+def _is_weight(value: object) -> TypeGuard[Parameter]:
+    return isinstance(value, Parameter) and value.is_floating_point() and value.dim() >= 2
 
 
 def _fetch(gm: GraphModule, target: str) -> object:

@@ -92,7 +92,7 @@ def register_factors(gm: GraphModule, site: Site, factors: Factors) -> tuple[str
     for name, tensor in zip(names, (factors.factor_in, factors.factor_out), strict=True):
         set_parameter(gm, name, tensor, trainable)
     if factors.shift is not None:
-        for name in dict.fromkeys(call.bias for call in site.calls if call.bias is not None):
+        for name in site.biases:
             bias = get_parameter(gm, name)
             moved = (bias.detach().double() + factors.shift.to(bias.device)).to(bias.dtype)
             replace_parameter(gm, name, moved, bias.requires_grad)

@@ -40,7 +40,8 @@ class FoldFactors(Pass):
 
     Formula: ``weight = factor_out @ factor_in``, multiplied in float64 and rounded once to the factors' dtype.
 
-    Left alone when the pair is not in the graph, or its middle value has another user.
+    Left alone when the pair is not in the graph, its middle value has another user, or something happens to that value
+    between the two.
 
     Args:
         sites: the sites whose pairs are folded, by name.
@@ -66,6 +67,9 @@ class FoldFactors(Pass):
             if shared:
                 refusals.append(Refusal(site.name, f"the middle value {shared[0]!r} has another user"))
                 continue
+            if {next(iter(node.users)) for node in inner} != set(users_of_attr(gm, names[1])):
+                refusals.append(Refusal(site.name, "its factors are not applied one right after the other"))
+                continue
             if not budget.take():
                 refusals.append(budget.refusal(site.name))
                 continue
@@ -79,9 +83,7 @@ class FoldFactors(Pass):
         set_parameter(gm, site.weight, site.unmatrix(matrix).to(first.dtype), first.requires_grad)
         for node in inner:
             outer = next(iter(node.users))
-            bias = outer.args[2] if len(outer.args) > 2 else None
-            weight = parameter_node(gm, site.weight, outer)
-            operator, arguments = _dense_call(site, node, weight, bias)
+            operator, arguments = _dense_call(gm, site, node, outer)
             options = {key: value for key, value in node.kwargs.items() if key != "bias"}
             folded = call_node(gm, operator, arguments, options, like=outer, before=outer)
             name = outer.name
@@ -91,15 +93,19 @@ class FoldFactors(Pass):
             folded.name = name
 
 
-def _dense_call(site: Site, inner: Node, weight: Node, bias: Argument) -> tuple[OpOverload, tuple[Argument, ...]]:
+def _dense_call(gm: GraphModule, site: Site, inner: Node, outer: Node) -> tuple[OpOverload, tuple[Argument, ...]]:
     activation = inner.args[0]
+    bias = outer.args[2] if len(outer.args) > 2 else None
+    weight = parameter_node(gm, site.weight, outer)
     if site.kind == "linear" and site.transposed:
         # The weight keeps its own layout, [in, out], so that its values fit the model it came from.
-        return (
-            (aten.matmul.default, (activation, weight))
-            if bias is None
-            else (aten.addmm.default, (bias, activation, weight))
-        )
+        if bias is None:
+            return aten.matmul.default, (activation, weight)
+        assert isinstance(activation, Node)
+        if activation.meta["val"].dim() == 2:
+            return aten.addmm.default, (bias, activation, weight)
+        turned = call_node(gm, aten.t.default, (weight,), like=outer, before=outer)
+        return aten.linear.default, (activation, turned, bias)
     assert isinstance(inner.target, OpOverload)
     geometry = inner.args[3:6]
     if bias is None and not geometry:

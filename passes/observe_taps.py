@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.fx import GraphModule
 
-from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
+from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget, free_name
 from lowrank_fx.sites import Tap
 
 
@@ -40,11 +40,12 @@ class ObserveTaps(Pass):
         self.observers = observers
 
     def run(self, gm: GraphModule, budget: RewriteBudget) -> PassResult:
-        """Insert the observers under ``observers.<number>``."""
+        """Insert the observers under ``observers.<number>``, or another name where the model has ``observers``."""
         nodes = {node.name: node for node in gm.graph.nodes}
         changes, refusals = [], []
         holder = nn.ModuleList()
-        gm.add_submodule("observers", holder)
+        name = free_name(gm, "observers")
+        gm.add_submodule(name, holder)
         for tap in self.taps.values():
             node = nodes.get(tap.node)
             if node is None:
@@ -58,6 +59,6 @@ class ObserveTaps(Pass):
             while after.op == "placeholder":
                 after = after.next
             with gm.graph.inserting_before(after):
-                gm.graph.call_module(f"observers.{len(holder) - 1}", (node,))
+                gm.graph.call_module(f"{name}.{len(holder) - 1}", (node,))
             changes.append(f"{tap.name} observed")
         return PassResult(tuple(changes), tuple(refusals))

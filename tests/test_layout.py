@@ -27,10 +27,10 @@ HOUSE = (
     *("passes.factorize_linear", "passes.factorize_conv"),
     "passes.fold_factors",
     "passes.order",
-    *("rewrite", "latency", "calibrate", "effects"),
+    *("rewrite", "latency", "calibrate", "walk", "effects", "refit"),
     *("planners.problem", "planners.budget", "planners.energy", "planners.uniform", "planners"),
     "session",
-    *("storage", "report", "module", "pipeline", "testing"),
+    *("storage", "_render", "report", "module", "pipeline", "testing"),
     *("demo", "cli", "__main__", "__init__"),
 )
 

@@ -7,6 +7,7 @@ budget whose best proposal stays within it is found by bisection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def within_budget(
         return Outcome(problem.dense, "dense", 0.0)
     picks = {name: allocator(problem, quantity, budget) for name, allocator in allocators.items()}
     errors = {name: evaluate(pick) for name, pick in picks.items()}
-    best = min(errors, key=lambda name: errors[name])
+    best = min(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     return Outcome(picks[best], best, errors[best], tuple(errors.items()))
 
 

@@ -1,0 +1,217 @@
+"""The command line: one line and an exit code for every mistake, and the way from a module to a saved report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank_fx.cli import main
+
+ZOO = """
+import torch
+
+def make_model():
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 5
+    return model
+
+model = make_model()
+batches = [torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+
+def make_loader():
+    yield from batches
+
+number = 3
+
+def make_number():
+    return number
+
+def fail():
+    raise RuntimeError("the disk\\nis full")
+"""
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the current folder, which no other test has imported."""
+    name = f"zoo_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(ZOO, "utf-8")
+    (tmp_path / f"{name}_broken.py").write_text("import surely_not_there\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit code and the one line that a command line ends with."""
+    code = main(arguments)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = filter(None, captured.err.splitlines())
+    assert line.startswith("lowrank-fx: error: ")
+    return code, line.removeprefix("lowrank-fx: error: ")
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["fly"], "No such command 'fly'."),
+        (["report", "--fly", "x"], "No such option: --fly"),
+        (["report"], "Missing argument 'DIR'."),
+        (["optimize", "ZOO:model", "--data", "ZOO:batches"], "Missing option '--out' / '-o'."),
+        (["optimize", "ZOO:model", "--data", "ZOO:batches", "--out", "o", "--seed", "x"], "Invalid value for '--seed'"),
+        (["report", "nowhere"], "nowhere/plan.json could not be read: No such file or directory"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    zoo: str, capsys: pytest.CaptureFixture[str], arguments: list[str], cause: str
+) -> None:
+    code, said = fails(capsys, *(argument.replace("ZOO", zoo) for argument in arguments))
+    assert code == 2
+    assert said.startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "cause"),
+    [
+        ("zoo", "ZOO:batches", "", "MODULE:FACTORY 'zoo': write a module and a name in it, such as zoo:make_model"),
+        (":model", "ZOO:batches", "", "MODULE:FACTORY ':model': write a module"),
+        ("not_there:model", "ZOO:batches", "", "MODULE:FACTORY 'not_there:model': no module 'not_there' is in "),
+        ("ZOO.inner:model", "ZOO:batches", "", "MODULE:FACTORY 'ZOO.inner:model': no module 'ZOO.inner' is in "),
+        ("ZOO:other", "ZOO:batches", "", "MODULE:FACTORY 'ZOO:other': module 'ZOO' has nothing called 'other'"),
+        ("ZOO:number", "ZOO:batches", "", "MODULE:FACTORY 'ZOO:number' gave int, not a torch.nn.Module"),
+        ("ZOO:make_number", "ZOO:batches", "", "MODULE:FACTORY 'ZOO:make_number' gave int, not a torch.nn.Module"),
+        ("ZOO:model", "ZOO:make_number", "", "--data 'ZOO:make_number' gave int, which cannot be iterated over"),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--keep-flops .6 --tolerance .1",
+            "--tolerance 0.1 and --keep-flops 0.6: give one",
+        ),
+        ("ZOO:model", "ZOO:batches", "--of sites", "--of sites says what a share counts; use it with --keep-params or"),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--keep-params 1.5",
+            "Keep(params=1.5): the share that may remain must be above 0",
+        ),
+        ("ZOO:model", "ZOO:batches", "--tolerance 0", "Tolerance(0.0): the error must be a finite number above 0"),
+        ("ZOO:model", "ZOO:batches", "--skip nothing --no-compile", "skip='nothing' matches no weight of this model"),
+    ],
+)
+def test_a_mistake_the_user_can_put_right_exits_with_2(
+    zoo: str, capsys: pytest.CaptureFixture[str], model: str, data: str, options: str, cause: str
+) -> None:
+    arguments = ["optimize", model, "--data", data, "--out", "out", "--no-progress", *options.split()]
+    code, said = fails(capsys, *(argument.replace("ZOO", zoo) for argument in arguments))
+    assert code == 2
+    assert said.startswith(cause.replace("ZOO", zoo))
+    assert not Path("out").exists()
+
+
+def test_an_unexpected_error_is_one_line_and_exits_with_1(zoo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = fails(capsys, "optimize", f"{zoo}:fail", "--data", f"{zoo}:batches", "--out", "out")
+    assert code == 1
+    assert said == "RuntimeError: the disk is full (run with --debug for the traceback)"
+
+
+def test_what_a_users_module_misses_is_not_the_module_itself(zoo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = fails(capsys, "optimize", f"{zoo}_broken:model", "--data", f"{zoo}:batches", "--out", "out")
+    assert code == 1
+    assert said.startswith("ModuleNotFoundError: No module named 'surely_not_there'")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "report", "nowhere"], ["report", "nowhere", "--debug"]])
+def test_debug_shows_the_traceback(zoo: str, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback (most recent call last):")
+    assert "StorageError: nowhere/plan.json could not be read" in error
+
+
+def test_an_interruption_is_no_traceback(
+    zoo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowrank_fx.storage.read_plan", interrupt)
+    assert fails(capsys, "report", "nowhere") == (130, "interrupted")
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        ([], ["demo", "optimize", "report", "--version", "--debug"]),
+        (["--help"], ["demo", "optimize", "report", "lowrank-fx demo"]),
+        (["optimize", "-h"], ["MODULE:FACTORY", "--data", "--keep-flops", "Target (at most one)", "Example:"]),
+        (["demo", "--help"], ["--out", "demo_out", "lowrank_fx[demo]"]),
+        (["report", "--help"], ["DIR", "--html"]),
+    ],
+)
+def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str], arguments: list[str], pieces: list[str]) -> None:
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert [piece for piece in pieces if piece not in captured.out] == []
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    import lowrank_fx
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lowrank-fx {lowrank_fx.__version__}\n"
+
+
+def test_python_m_runs_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_fx", "report", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "lowrank-fx: error: nowhere/plan.json could not be read: No such file or directory"
+    ]
+
+
+# ---- the way through -------------------------------------------------------------------------------------------------
+
+
+def test_optimize_saves_and_report_reads(zoo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = f"optimize {zoo}:make_model --data {zoo}:make_loader --keep-params 0.5 --of sites --no-compile"
+    assert main([*arguments.split(), "--no-progress", "--out", "out", "--html"]) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
+    assert first.out.startswith('lowrank_fx: Keep(params=0.5, of="sites")\n')
+    assert first.out.endswith("\nout/report.html shows this as a page.\n")
+    assert main(["report", "out", "--html", "page.html"]) == 0
+    assert capsys.readouterr().out == first.out.replace("out/report.html", "page.html")
+    assert Path("page.html").read_bytes() == Path("out/report.html").read_bytes()
+
+
+def test_a_model_and_batches_may_be_given_as_they_are(zoo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import lowrank_fx
+    from lowrank_fx.storage import read_plan
+
+    arguments = f"optimize {zoo}:model --data {zoo}:batches --skip 0 --keep-flops 0.9 --no-compile --no-progress"
+    assert main([*arguments.split(), "--out", "out"]) == 0
+    plan, _ = read_plan("out")
+    assert plan.target == lowrank_fx.Keep(flops=0.9)
+    assert [site.name for site in plan.factored] == ["2"]
+    assert [entry.name for entry in plan.left_alone] == ["0"]
+    assert "skipped by the pattern '0'" in capsys.readouterr().out
