@@ -23,7 +23,7 @@ from lowrank_fx._progress import Progress
 from lowrank_fx.batches import Assigned, Call
 from lowrank_fx.capture import CallSignature
 from lowrank_fx.compare import floating_outputs
-from lowrank_fx.errors import CalibrationError
+from lowrank_fx.errors import CalibrationError, CallError
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.rewrite import copy_graph_module
@@ -82,7 +82,7 @@ class Calibration:
         sketches = [sketch for sketch in sketches if sketch.rows]
         if len(sketches) < 2:
             return sketches[0] if sketches else None
-        pooled = FrequentDirections.from_state_dict(sketches[0].state_dict())
+        pooled = FrequentDirections.from_state_dict(sketches[0].state_dict(), sketches[0].device)
         for sketch in sketches[1:]:
             pooled.merge(sketch)
         return pooled
@@ -130,7 +130,8 @@ def calibrate(
         for tap in table.taps.values()
     }
     observed = copy_graph_module(gm, clone=False)
-    PassManager(order.observation(table.taps, dict(observers))).run(observed)
+    # Observers change no value, so bisecting rewrites must not leave any out.
+    PassManager(order.observation(table.taps, dict(observers)), bisect=False).run(observed)
     for observer in observers.values():
         observer.layers = ", ".join(site.name for site in table.sites if observer.tap in table.taps_of(site))
 
@@ -142,7 +143,10 @@ def calibrate(
         Progress("calibrate", batches, progress) as bar,
     ):
         for assigned in pieces:
-            args, kwargs = calls.bind(*_on(device, assigned))
+            try:
+                args, kwargs = calls.bind(*_on(device, assigned))
+            except CallError as error:
+                raise CalibrationError(f"batch {assigned.index}: {error}") from error
             call = Call(args, kwargs, None if assigned.call.mask is None else assigned.call.mask.to(device))
             if assigned.role == "calibrate":
                 recorder.start(assigned.index, call.mask)

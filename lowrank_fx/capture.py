@@ -48,11 +48,13 @@ class CallSignature:
         signature: of the model's own ``forward``.
         example: the captured call; tensors are kept as shapes only, on the meta device.
         guards: raises AssertionError if the flat inputs break what the trace assumed.
+        ignored: names that only ``**kwargs`` takes and the model does not read; calls may pass them or not.
     """
 
     signature: inspect.Signature
     example: Call
     guards: Callable[..., object] | None
+    ignored: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._given = self._by_name(self.example.args, self.example.kwargs)
@@ -100,6 +102,7 @@ class CallSignature:
 
     def _rearrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = self._by_name(args, kwargs)
+        given = {name: value for name, value in given.items() if name not in self.ignored}
         for name in [name for name in given if name not in self._given]:
             default = self.signature.parameters[name].default if name in self.signature.parameters else inspect._empty
             if not _is_default(given[name], default):
@@ -182,13 +185,19 @@ def capture(model: nn.Module, call: Call) -> Captured:
         warnings.simplefilter("ignore")
         program, dynamic = _export(model, example)
         exported = program.module(check_guards=True)
+        ignored = _unread(model, example, exported)
+        if ignored:
+            kwargs = {name: value for name, value in example.kwargs.items() if name not in ignored}
+            example = Call(example.args, kwargs, example.mask)
+            program, dynamic = _export(model, example)
+            exported = program.module(check_guards=True)
     if hooks:
         notes.append(f"hooks on {_listed(hooks)} were detached for capture and are not part of the optimized model")
     if dynamic != _DYNAMIC[0]:
         notes.append(f"the model could not be captured with every dynamic dimension; dynamic are: {dynamic or 'none'}")
     graph_module, guards = _standalone(exported)
-    signature = inspect.signature(model.forward)
-    return Captured(graph_module, CallSignature(signature, _shapes_only(example), guards), tuple(notes))
+    calls = CallSignature(inspect.signature(model.forward), _shapes_only(example), guards, ignored)
+    return Captured(graph_module, calls, tuple(notes))
 
 
 @contextlib.contextmanager
@@ -234,15 +243,56 @@ def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, str]:
             if dims:
                 shapes[tensor] = dict.fromkeys(dims, Dim.AUTO)
         try:
-            # Without dynamic dimensions no shapes at all: export does not find those of a **kwargs argument.
-            given = shapes if dynamic else None
-            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=given, strict=False), dynamic
+            with _spelled_out(model, call):
+                return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False), dynamic
         except Exception as error:  # export raises many kinds; the last attempt's reason is the one that counts
             failure = error
             if "DynamicCache" in str(error) and _register_dynamic_cache():
                 return _export(model, call)
     assert failure is not None
     raise CaptureError(_explain(model, failure)) from failure
+
+
+def _unread(model: nn.Module, call: Call, exported: nn.Module) -> frozenset[str]:
+    """Names that ``**kwargs`` swallowed (a loader's labels, say) and no operator of the graph reads."""
+    assert isinstance(exported, GraphModule)
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    owners = [name for name, value in call.kwargs.items() for _ in pytree.tree_leaves(value)]
+    read = {
+        owner
+        for owner, node in zip(reversed(owners), reversed(placeholders), strict=False)
+        if any(user.target != "_guards_fn" for user in node.users)
+    }
+    named = inspect.signature(model.forward).parameters
+    return frozenset(name for name in call.kwargs if name not in named and name not in read)
+
+
+@contextlib.contextmanager
+def _spelled_out(model: nn.Module, call: Call) -> Iterator[None]:
+    """Give ``forward`` a signature that names what the call passes through ``**kwargs``.
+
+    ``torch.export`` (2.13) does not find the dynamic shapes of tensors that only ``**kwargs`` takes.
+    """
+    forward = model.forward
+    signature = inspect.signature(forward)
+    unnamed = [name for name in call.kwargs if name not in signature.parameters]
+    own = model.__dict__.get("forward")
+    if unnamed:
+        named = [entry for entry in signature.parameters.values() if entry.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
+
+        def spelled_out(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        spelled_out.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+        model.__dict__["forward"] = spelled_out
+    try:
+        yield
+    finally:
+        if unnamed and own is None:
+            del model.__dict__["forward"]
+        elif unnamed:
+            model.__dict__["forward"] = own
 
 
 def _register_dynamic_cache() -> bool:

@@ -70,7 +70,7 @@ class EffectCurve:
     def at(self, error: float) -> float:
         """The effect where the site's own relative error is ``error``: log-log between points, never falling.
 
-        >>> EffectCurve(((0.1, 0.01), (0.4, 0.16))).at(0.2)  # slope 2 in log-log
+        >>> round(EffectCurve(((0.1, 0.01), (0.4, 0.16))).at(0.2), 6)  # slope 2 in log-log
         0.04
         """
         if error <= 0 or not self.points:
@@ -88,7 +88,7 @@ class EffectCurve:
         if below[1] <= 0 or below[0] <= 0:
             return float(above[1] * (error - below[0]) / (above[0] - below[0]))
         share = math.log(error / below[0]) / math.log(above[0] / below[0])
-        return float(round(below[1] * (above[1] / below[1]) ** share, 15))
+        return min(max(float(below[1] * (above[1] / below[1]) ** share), below[1]), above[1])
 
 
 def error_curves(

@@ -33,8 +33,8 @@ class SitePlan:
         in_features: columns of the weight as a matrix.
         params: weights before and after.
         flops: FLOPs before and after, at the shape of the first calibration batch.
-        error: predicted relative error of the layer's own output.
-        bound: certified upper bound of that error on the sketched rows, for the factors as stored.
+        error: relative error of the layer's own output on the sketched rows, for the factors as stored.
+        bound: certified upper bound of that error on those rows; above ``error`` only where the tap was sketched.
         effect: predicted relative error of the model's output if this site alone is factored.
         reason: why it stays dense; empty where it is factored.
     """

@@ -6,8 +6,8 @@ original's output y by least squares,
 
     min over a, c of |y - (a z + c)|^2:    a = cov(y, z) / var(z),    c = mean(y) - a mean(z)
 
-(without a bias: a = <y, z> / <z, z>). ``a`` goes into the rows of ``factor_out`` and ``c`` into the bias, so nothing grows;
-what follows then sees the corrected value. Two numbers per channel need few rows, so the cached batches suffice.
+(without a bias that is the site's own, which is taken off both first: a = <y, z> / <z, z>). ``a`` goes into the rows of ``factor_out`` and ``c`` into the bias, so nothing
+grows; what follows then sees the corrected value. Two numbers per channel need few rows, so the cached batches suffice.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ def refit(
 def _fit(gm: GraphModule, site: Site, factors: Factors, wanted: Tensor, actual: Tensor) -> Factors:
     """Factors whose output is the least-squares fit of ``wanted`` on ``actual``, both float64 ``[rows, out]``."""
     if factors.shift is None:
+        if site.biases:
+            # A bias that other sites share stays as it is, so it takes no part in the fit.
+            fixed = gm.get_parameter(site.biases[0]).detach().double()
+            wanted, actual = wanted - fixed, actual - fixed
         variance, covariance = actual.square().mean(0), (wanted * actual).mean(0)
     else:
         wanted_mean, actual_mean = wanted.mean(0), actual.mean(0)
@@ -96,5 +100,7 @@ def _rows(site: Site, outputs: Sequence[Tensor], masks: Sequence[Tensor | None])
             value = value.movedim(1, -1)
         elif mask is not None and value.dim() >= 3 and value.shape[:2] == mask.shape:
             value = value[mask]
+        elif mask is not None and value.dim() == 2 and value.shape[0] == mask.numel():
+            value = value[mask.reshape(-1)]
         rows.append(value.reshape(-1, site.out_features).double())
     return torch.cat(rows)

@@ -184,9 +184,9 @@ class Session:
         sites = []
         for name, option in self.problem.chosen(outcome.pick).items():
             site = next(site for site in self.table.sites if site.name == name)
-            bound = 0.0
+            error, bound = 0.0, 0.0
             if option.rank is not None:
-                bound = self._bound(site, option.form, factored[name][1])
+                error, bound = self._site_error(*factored[name])
             dense = self.problem.options[name][0]
             sites.append(
                 SitePlan(
@@ -198,13 +198,13 @@ class Session:
                     in_features=site.in_features,
                     params=(dense.params, option.params),
                     flops=(dense.flops, option.flops),
-                    error=option.error,
+                    error=error,
                     bound=bound,
                     effect=option.effect,
                     reason="" if option.rank is not None else self._why_dense(site, target, quantity),
                 )
             )
-        error = joint_error(self.graph_module, factored, self.calibration.report_batches)
+        report_error = joint_error(self.graph_module, factored, self.calibration.report_batches)
         plan = Plan(
             target=target,
             planner=self.planner,
@@ -217,7 +217,7 @@ class Session:
             totals=self._totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
             select_error=select_error,
-            error=error,
+            error=report_error,
             candidates=candidates,
             curve=self._trade_off(quantity),
         )
@@ -230,13 +230,22 @@ class Session:
             for name, (form, rank) in self.problem.factored(pick).items()
         }
 
-    def _bound(self, site: Site, form: str, factors: Factors) -> float:
-        """Certified upper bound of the site's relative output error, for the factors as stored."""
+    def _site_error(self, site: Site, factors: Factors) -> tuple[float, float]:
+        """Relative error of the site's own output on the sketched rows, for the factors as stored, and its bound.
+
+        With Z = W - factor_out factor_in and the bias moved by s, the squared error is |Z (X - mean)^T|^2, which the
+        sketch certifies from below and above, plus n |Z mean - s|^2 (zero unless the factors were refitted).
+        """
         sketch = self.calibration.sketch_of(self.table, site)
         assert sketch is not None
-        entry = self.curves[site.name]
-        residual: Tensor = site.matrix(entry.weight.detach()).double() - factors.dense_matrix()
-        return relative(sketch.certificate(residual, centered=site.centered)[1], entry.forms[form].energy)
+        matrix = site.matrix(self.curves[site.name].weight.detach()).double()
+        residual: Tensor = matrix - factors.dense_matrix()
+        least, most = sketch.certificate(residual, centered=site.centered)
+        offset = 0.0
+        if factors.shift is not None:
+            offset = sketch.rows * float((residual @ sketch.mean - factors.shift).square().sum())
+        energy = sketch.certificate(matrix, centered=site.centered)[0]
+        return relative(least + offset, energy), relative(most + offset, energy)
 
     def _why_dense(self, site: Site, target: Target, quantity: Quantity) -> str:
         if self.calibration.rows_of(site) == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from lowrank_fx.sites import Site, find_sites
 
 FORMAT = 1
 PLAN_FILE = "plan.json"
+
+WEIGHTS_PATTERN = f"model-{'[0-9a-f]' * 16}.safetensors"
+"""Names of our own weight files; a sharded checkpoint's ``model-00001-of-00002.safetensors`` is the user's."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ def save(artifact: Artifact, folder: str | os.PathLike[str]) -> None:
     root = Path(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        old = set(root.glob("model-*.safetensors"))
+        old = set(root.glob(WEIGHTS_PATTERN))
         weights = _write_weights(artifact.graph_module, root)
         data = {
             "format": FORMAT,
             "plan": json.loads(artifact.plan.to_json()),
             "call": _encode((list(artifact.calls.example.args), artifact.calls.example.kwargs)),
+            "ignored": sorted(artifact.calls.ignored),
             "weights": {"file": weights.name, "sha256": sha256_file(weights)},
             "base": {name: asdict(entry) for name, entry in artifact.base.items()},
             "timing": None if artifact.timing is None else asdict(artifact.timing),
@@ -99,7 +103,7 @@ def save(artifact: Artifact, folder: str | os.PathLike[str]) -> None:
         write_atomic(root / PLAN_FILE, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
         for path in old - {weights}:
             path.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"{root}: the model could not be saved: {error}") from error
 
 
@@ -123,10 +127,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
             for name, entry in data["base"].items()
         }
         weights, folded = data["weights"], bool(data["folded"])
+        ignored = frozenset(str(name) for name in data["ignored"])
         stored_call = _decode(data["call"]) if example is None else None
         path = root / _plain_name(weights["file"])
         checksum = weights["sha256"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise StorageError(f"{root / PLAN_FILE}: damaged: {error!r}") from error
     _check_base(root, base, base_weights(model))
     if not path.is_file():
@@ -142,6 +147,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
         example = Call(tuple(stored_call[0]), stored_call[1]).to(device)
 
     captured = capture(model, example)
+    calls = replace(captured.calls, ignored=ignored | captured.calls.ignored)
     clean = captured.graph_module
     PassManager(order.cleanup()).run(clean)
     try:
@@ -153,7 +159,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
     if folded:
         gm = fold(gm, sites)
     _fill(path, gm, tensors)
-    return Artifact(gm, captured.calls, plan, sites, base, timing, folded)
+    return Artifact(gm, calls, plan, sites, base, timing, folded)
 
 
 def read_plan(folder: str | os.PathLike[str], data: Any = None) -> tuple[Plan, PairedTiming | None]:

@@ -17,7 +17,8 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from lowrank_fx.passes.base import Pass, PassManager, PassResult, clean, registered_tensors
+from lowrank_fx.passes.base import Pass, PassManager, PassResult, clean
+from lowrank_fx.passes.verify import registered_tensors
 
 Inputs = Sequence[Any] | Mapping[str, Any]
 

@@ -1,16 +1,17 @@
 """Running a graph node by node: stopping, forking, and exchanging parameters on the way.
 
-torch's ``Interpreter`` runs a graph once, from end to end. Measuring what one layer does wants to run the part behind it
-many times, and comparing two versions of a model wants to run both in step. Values are dropped after their last use.
+torch's ``Interpreter`` runs a graph once, from end to end. Measuring what one layer does wants to run the part behind
+it many times, and comparing two versions of a model wants to run both in step. Values are dropped after their last use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -21,7 +22,7 @@ class Walk:
     """What is known of a graph before it runs.
 
     Args:
-        gm: a graph of ATen operators; its parameters are read, never changed.
+        gm: a graph of ATen operators; its parameters and buffers are read, never changed.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -32,7 +33,10 @@ class Walk:
         self.dying: list[list[Node]] = [[] for _ in self.nodes]
         for node, position in last.items():
             self.dying[position].append(node)
-        self.written = {node: self.position[writer.name] for writer in self.nodes for node in _written(writer)}
+        self.last_write = max((self.position[node.name] for node in self.nodes if _writes(node)), default=-1)
+        self.parameters = {
+            node for node in self.nodes if node.op == "get_attr" and isinstance(self._attribute(node), nn.Parameter)
+        }
         self.readers: dict[int, list[Node]] = {}
         for node in self.nodes:
             if node.op == "get_attr":
@@ -42,14 +46,15 @@ class Walk:
         """A run that has not computed anything yet."""
         leaves = pytree.tree_leaves((call.args, call.kwargs))
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        inputs = dict(zip(placeholders, leaves, strict=True))
-        owned = {node: _copy(value) if node in self.written else value for node, value in inputs.items()}
-        return Run(self, owned, {}, 0)
+        # What the graph writes to reaches the caller's tensors through any view of them, so all are copied then.
+        owned = _copies(leaves) if self.last_write >= 0 else leaves
+        return Run(self, dict(zip(placeholders, owned, strict=True)), {}, 0)
 
     def compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
         """The value of one node, from the values of its arguments."""
         if node.op == "get_attr":
-            return self._attribute(node)
+            value = self._attribute(node)
+            return _copies([value])[0] if self.last_write >= 0 and node not in self.parameters else value
         args = torch.fx.node.map_arg(node.args, values.__getitem__)
         if node.op == "output":
             return args[0]
@@ -114,12 +119,11 @@ class Run:
         self.position += 1
 
     def fork(self) -> Run:
-        """A second run from here on; values that the graph still writes to are copied."""
-        written = self.walk.written
-        values = {
-            node: _copy(value) if written.get(node, -1) >= self.position else value
-            for node, value in self.values.items()
-        }
+        """A second run from here on; if anything is still written to, the values so far are copied."""
+        values = dict(self.values)
+        if self.position <= self.walk.last_write:
+            owned = [node for node in values if node not in self.walk.parameters]
+            values.update(zip(owned, _copies([values[node] for node in owned]), strict=True))
         return Run(self.walk, values, dict(self.exchanged), self.position)
 
     def finish(self) -> tuple[Any, ...]:
@@ -131,16 +135,14 @@ class Run:
         return tuple(pytree.tree_leaves(result))
 
 
-def _written(node: Node) -> list[Node]:
-    """The arguments that an operator writes to (``relu_``, ``add_``)."""
+def _writes(node: Node) -> bool:
+    """Whether an operator writes to one of its arguments (``relu_``, ``add_``)."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    return [
-        value
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
-    ]
+        return False
+    arguments = node.target._schema.arguments
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
 
 
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """Copies that share memory with each other where the values do, so that a write reaches the same views."""
+    return copy.deepcopy(list(values))

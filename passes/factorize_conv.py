@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowrank_fx.passes.base import call_node, parameter_node
+from lowrank_fx.passes.edit import call_node, parameter_node
 from lowrank_fx.passes.factorize_linear import FactorizeLinear, operands
 
 aten = torch.ops.aten

@@ -8,17 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowrank_fx.forms import Factors
-from lowrank_fx.passes.base import (
-    Pass,
-    PassResult,
-    Refusal,
-    RewriteBudget,
-    call_node,
-    get_parameter,
-    parameter_node,
-    replace_parameter,
-    set_parameter,
-)
+from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
+from lowrank_fx.passes.edit import call_node, get_parameter, parameter_node, replace_parameter, set_parameter
 from lowrank_fx.sites import Site
 
 aten = torch.ops.aten

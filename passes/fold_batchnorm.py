@@ -7,18 +7,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from lowrank_fx.passes.base import (
-    Pass,
-    PassResult,
-    Refusal,
-    RewriteBudget,
-    attr_tensor,
-    free_name,
-    parameter_node,
-    replace_parameter,
-    set_parameter,
-    users_by_tensor,
-)
+from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
+from lowrank_fx.passes.edit import free_name, parameter_node, replace_parameter, set_parameter, users_by_tensor
+from lowrank_fx.passes.verify import attr_tensor
 
 aten = torch.ops.aten
 

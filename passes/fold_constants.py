@@ -16,20 +16,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from lowrank_fx.errors import PassError
-from lowrank_fx.passes.base import (
-    Pass,
-    PassResult,
-    Refusal,
-    RewriteBudget,
-    attr_tensor,
-    delete_attr,
-    free_name,
-    names_of_tensor,
-    parameter_node,
-    resolve_attr,
-    set_buffer,
-    set_parameter,
-)
+from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
+from lowrank_fx.passes.edit import delete_attr, free_name, names_of_tensor, parameter_node, set_buffer, set_parameter
+from lowrank_fx.passes.verify import attr_tensor, resolve_attr
 
 aten = torch.ops.aten
 

@@ -9,17 +9,8 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from lowrank_fx.passes.base import (
-    Pass,
-    PassResult,
-    Refusal,
-    RewriteBudget,
-    call_node,
-    get_parameter,
-    parameter_node,
-    set_parameter,
-    users_of_attr,
-)
+from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
+from lowrank_fx.passes.edit import call_node, get_parameter, parameter_node, set_parameter, users_of_attr
 from lowrank_fx.sites import Site
 
 aten = torch.ops.aten

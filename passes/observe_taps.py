@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 from torch.fx import GraphModule
 
-from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget, free_name
+from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
+from lowrank_fx.passes.edit import free_name
 from lowrank_fx.sites import Tap
 
 

@@ -495,20 +495,21 @@ def test_nested_inputs_and_outputs() -> None:
         run(result, {"both": [batch, batch]}, batch, batch, extra=batch)
 
 
-def test_arguments_in_kwargs_are_captured_with_static_shapes_and_a_note() -> None:
+def test_arguments_that_only_kwargs_takes_are_dynamic_and_unread_ones_are_ignored() -> None:
     class Keywords(nn.Module):
         def forward(self, x: Tensor, **named: Tensor) -> Tensor:
             return x - named["extra"]
 
+    model = Keywords()
     x, y = rows(4, 3), rows(4, 3, seed=1)
-    result = captured(Keywords(), x, extra=y)
-    assert result.notes == (
-        "the model could not be captured with every dynamic dimension; dynamic are: none",
-    )  # torch.export does not find the shapes of tensors in **kwargs
-    torch.testing.assert_close(run(result, y, extra=x), y - x, rtol=0, atol=0)
-    with pytest.raises(CallError, match=r"size\(\)\[0\] == 4"):
-        run(result, rows(5, 3), extra=rows(5, 3))
-    with pytest.raises(CallError, match=r"argument other=a tensor of shape \(4, 3\) was not given"):
+    result = captured(model, x, extra=y, label=torch.zeros(4))
+    assert result.notes == ()
+    assert result.calls.ignored == {"label"}
+    assert "forward" not in model.__dict__
+    x, y = rows(7, 3), rows(7, 3, seed=1)
+    assert torch.equal(run(result, x, extra=y), x - y)
+    assert torch.equal(run(result, x, extra=y, label=torch.ones(7)), x - y)
+    with pytest.raises(CallError, match="argument other="):
         run(result, x, extra=y, other=y)
 
 

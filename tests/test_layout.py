@@ -21,7 +21,7 @@ HOUSE = (
     *("linalg", "sketch", "cost", "allocate"),
     *("sites", "forms", "targets", "plan", "batches", "compare"),
     "capture",
-    *("passes", "passes.verify", "passes.base"),
+    *("passes", "passes.verify", "passes.edit", "passes.base"),
     *("passes.fold_constants", "passes.fold_batchnorm"),
     "passes.observe_taps",
     *("passes.factorize_linear", "passes.factorize_conv"),

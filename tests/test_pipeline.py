@@ -17,7 +17,7 @@ from lowrank_fx.compare import relative_error
 from lowrank_fx.module import LowRankModule
 
 
-def small_cnn() -> nn.Module:
+def small_cnn() -> nn.Sequential:
     """Convolutions with and without batch norm, a strided one, a grouped one, and two linear layers."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -55,7 +55,7 @@ def checksum(model: nn.Module) -> str:
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
+def model() -> nn.Sequential:
     return small_cnn()
 
 
@@ -86,7 +86,7 @@ def test_a_budget_is_met_and_never_exceeded(
 
 
 def test_an_unreachable_budget_names_the_smallest_and_that_one_works(fast: LowRankModule) -> None:
-    with pytest.raises(lowrank_fx.TargetError, match="smallest reachable is params=") as caught:
+    with pytest.raises(lowrank_fx.TargetError, match="smallest reachable is params") as caught:
         fast.replan(Keep(params=0.001))
     smallest = float(str(caught.value).split("params=")[2].split()[0])
     assert fast.replan(Keep(params=smallest)).plan.totals.kept("params", "model") <= smallest
@@ -146,9 +146,7 @@ def test_ranks_stay_below_break_even_and_bounds_above_errors(fast: LowRankModule
         assert site.rank is not None
         assert site.rank * (site.out_features + site.in_features) < site.out_features * site.in_features
         assert site.params[1] < site.params[0]
-        # The certificate holds for the factors as stored; refitting only lowers the error of the whole model, so a
-        # refitted site may sit a little above its own least error, which is the predicted one.
-        assert site.bound >= site.error * (1 - 1e-6)
+        assert 0 < site.error <= site.bound
 
 
 def test_tolerance_is_kept_and_the_original_returns_when_slower(
@@ -208,7 +206,7 @@ def test_bad_options_are_repeated_with_what_to_do(model: nn.Module, options: dic
 def test_an_empty_loader_and_a_model_that_is_none(model: nn.Module) -> None:
     with pytest.raises(lowrank_fx.CalibrationError, match="gave no batch"):
         lowrank_fx.optimize(model, [], compile=False)
-    with pytest.raises(lowrank_fx.CaptureError, match="not a torch.nn.Module"):
+    with pytest.raises(lowrank_fx.CaptureError, match=r"not a torch\.nn\.Module"):
         lowrank_fx.optimize(lambda x: x, images(), compile=False)  # type: ignore[arg-type]
 
 

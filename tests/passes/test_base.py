@@ -11,16 +11,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lowrank_fx.errors import OptionError, PassError
-from lowrank_fx.passes.base import (
-    Pass,
-    PassManager,
-    PassResult,
-    Refusal,
-    RewriteBudget,
+from lowrank_fx.passes.base import Pass, PassManager, PassResult, Refusal, RewriteBudget, clean
+from lowrank_fx.passes.edit import (
     alias_groups,
-    attr_tensor,
     call_node,
-    clean,
     delete_attr,
     free_name,
     get_parameter,
@@ -31,7 +25,7 @@ from lowrank_fx.passes.base import (
     set_parameter,
     users_of_attr,
 )
-from lowrank_fx.passes.verify import check_graph, unused_names
+from lowrank_fx.passes.verify import attr_tensor, check_graph, unused_names
 from lowrank_fx.testing import assert_equivalent, graph_text, run_pass
 
 aten = torch.ops.aten

@@ -15,7 +15,8 @@ from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.forms import Factors
 from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager, Refusal, call_node
+from lowrank_fx.passes.base import PassManager, Refusal
+from lowrank_fx.passes.edit import call_node
 from lowrank_fx.passes.fold_factors import FoldFactors
 from lowrank_fx.rewrite import factorize, fold
 from lowrank_fx.sites import Site, find_sites

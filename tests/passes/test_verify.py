@@ -11,17 +11,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lowrank_fx.errors import PassError
-from lowrank_fx.passes.base import (
-    Pass,
-    PassManager,
-    PassResult,
-    RewriteBudget,
-    clean,
-    fake_mode_of,
-    parameter_node,
-    set_parameter,
-)
-from lowrank_fx.passes.verify import check_graph, unused_names
+from lowrank_fx.passes.base import Pass, PassManager, PassResult, RewriteBudget, clean
+from lowrank_fx.passes.edit import parameter_node, set_parameter
+from lowrank_fx.passes.verify import check_graph, fake_mode_of, unused_names
 
 aten = torch.ops.aten
 
