@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -17,6 +17,10 @@ demo: $(VENV)/.stamp-demo  ## factor a real sentence encoder, print the report a
 
 test: $(VENV)/.stamp-test  ## run the tests, without those marked slow
 	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/.stamp-demo  ## measure accuracy and the cost of calibration, into benchmarks/results
+	$(VENV)/bin/python benchmarks/bench_accuracy.py
+	$(VENV)/bin/python benchmarks/bench_calibration.py
 
 lint: $(VENV)/.stamp-lint  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

@@ -39,6 +39,9 @@ EFFECT_BATCHES = 2
 MIN_ROWS = 1024
 """Rows a tap may always keep of a batch, however narrow the layers behind it."""
 
+MIN_SKETCH = 256
+"""The least size of a sketch that is not asked for."""
+
 
 @dataclass(frozen=True)
 class CachedBatch:
@@ -190,23 +193,24 @@ def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[s
     """The sketch size of every tap: None (exact) while all states together fit ``memory``.
 
     Then the widest taps move to Frequent Directions first. Their size comes from an equal share of what the exact taps
-    leave of the memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``min(d, 256)``.
+    leave of the memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``MIN_SKETCH``. Taps of
+    at most twice that width stay exact, because no sketch of them would be smaller. ``memory`` is exceeded only where
+    the least sizes do not fit.
     """
     widths = {tap.name: tap.width for tap in taps}
     if forced is not None:
         return dict.fromkeys(widths, forced)
-    by_width = sorted(widths, key=lambda name: -widths[name])
-    exact_bytes = sum(8 * width * width for width in widths.values())
     sizes: dict[str, int | None] = dict.fromkeys(widths)
-    for count in range(1, len(by_width) + 1):
-        if exact_bytes <= memory:
-            break
-        exact_bytes -= 8 * widths[by_width[count - 1]] ** 2
-        share = max(memory - exact_bytes, 0) // count
-        for name in by_width[:count]:
-            sizes[name] = max(min(widths[name], 256), min(widths[name] - 1, share // (16 * widths[name])))
-        sketched = sum(16 * widths[name] * (sizes[name] or 0) for name in by_width[:count])
-        if exact_bytes + sketched <= memory:
+    by_width = sorted((name for name in widths if widths[name] > 2 * MIN_SKETCH), key=lambda name: -widths[name])
+    for count in range(len(by_width) + 1):
+        sketched = by_width[:count]
+        left = memory - sum(8 * width**2 for name, width in widths.items() if name not in sketched)
+        for position, name in enumerate(sketched):
+            # Widest first: what its least size takes beyond an equal share is missing in the shares of the others.
+            size = max(MIN_SKETCH, left // (count - position) // (16 * widths[name]))
+            sizes[name] = size
+            left -= 16 * widths[name] * size
+        if left >= 0:
             break
     return sizes
 
@@ -308,7 +312,8 @@ class _Cache:
 
 
 def run_flat(gm: GraphModule, call: Call) -> tuple[Any, ...]:
-    """Run the graph and return its outputs as flat leaves."""
+    """Run the graph and return its outputs as flat leaves; ``call`` stays as it is, even if the graph writes to it."""
+    call = call.map(torch.clone)
     return tuple(pytree.tree_leaves(gm(*call.args, **call.kwargs)))
 
 

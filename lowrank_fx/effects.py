@@ -186,7 +186,8 @@ def joint_error(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], b
     total = ErrorSum()
     with torch.no_grad():
         for batch in batches:
-            outputs = pytree.tree_leaves(functional_call(gm, values, batch.call.args, batch.call.kwargs))
+            call = batch.call.map(torch.clone)  # a graph may write to its inputs
+            outputs = pytree.tree_leaves(functional_call(gm, values, call.args, call.kwargs))
             total.add(tuple(outputs), batch.reference, batch.call.mask)
     return total.relative
 

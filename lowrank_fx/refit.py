@@ -6,8 +6,9 @@ original's output y by least squares,
 
     min over a, c of |y - (a z + c)|^2:    a = cov(y, z) / var(z),    c = mean(y) - a mean(z)
 
-(without a bias that is the site's own, which is taken off both first: a = <y, z> / <z, z>). ``a`` goes into the rows of ``factor_out`` and ``c`` into the bias, so nothing
-grows; what follows then sees the corrected value. Two numbers per channel need few rows, so the cached batches suffice.
+(without a bias of the site's own: a = <y, z> / <z, z>, a bias that it shares being taken off both). ``a`` goes into the
+rows of ``factor_out`` and ``c`` into the bias, so nothing grows; what follows then sees the corrected value. Two
+numbers per channel need few rows, so the cached batches suffice.
 """
 
 from __future__ import annotations

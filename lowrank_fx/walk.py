@@ -100,9 +100,10 @@ class Run:
                 changed.add(reader)
                 if reader in self.values:
                     self.values[reader] = tensor
-        # A transpose of a parameter may have been computed already; nothing else reads a parameter before its layer.
+        # A transpose of a parameter may have been computed already. Outputs of layers behind us stay as they are.
         for node in [node for reader in changed for node in reader.users if node in self.values]:
-            self.values[node] = self.walk.compute(node, {**self.values, **self.exchanged})
+            if self.walk.parameters.issuperset(node.all_input_nodes):
+                self.values[node] = self.walk.compute(node, {**self.values, **self.exchanged})
 
     def compute(self) -> Any:
         """Compute the next node without moving on, and return its value."""

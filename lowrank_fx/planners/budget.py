@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lowrank_fx.allocate import Choice, allocate
-from lowrank_fx.planners.problem import Allocator, Pick, Problem, check_budget
+from lowrank_fx.planners.problem import Allocator, Pick, Problem, spend
 from lowrank_fx.targets import Quantity
 
 BISECTIONS = 8
+
+TIE_BREAK = 1e-9
+"""Where effects cannot tell options apart (an effect of zero), the site's own error does."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,7 @@ def by_effect(problem: Problem, quantity: Quantity, budget: int) -> Pick:
     Raises:
         TargetError: nothing fits the budget.
     """
-    check_budget(problem, quantity, budget)
-    groups = [[Choice(o.cost(quantity), o.effect**2) for o in options] for options in problem.options.values()]
-    return allocate(groups, budget).chosen
+    return spend(problem, quantity, budget, lambda option: option.effect**2 + TIE_BREAK * option.error**2)
 
 
 def within_budget(

@@ -5,8 +5,7 @@ A proxy that knows nothing of the model behind a site; it is a candidate that me
 
 from __future__ import annotations
 
-from lowrank_fx.allocate import Choice, allocate
-from lowrank_fx.planners.problem import Pick, Problem, check_budget
+from lowrank_fx.planners.problem import Pick, Problem, spend
 from lowrank_fx.targets import Quantity
 
 
@@ -16,6 +15,4 @@ def by_energy(problem: Problem, quantity: Quantity, budget: int) -> Pick:
     Raises:
         TargetError: nothing fits the budget.
     """
-    check_budget(problem, quantity, budget)
-    groups = [[Choice(o.cost(quantity), o.error**2) for o in options] for options in problem.options.values()]
-    return allocate(groups, budget).chosen
+    return spend(problem, quantity, budget, lambda option: option.error**2)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lowrank_fx.allocate import Choice, allocate
 from lowrank_fx.errors import TargetError
 from lowrank_fx.forms import DENSE
 from lowrank_fx.targets import Quantity
@@ -79,6 +80,17 @@ class Problem:
 
 Allocator: TypeAlias = Callable[[Problem, Quantity, int], Pick]
 """Spends a budget of sites' costs: the pick of one candidate allocation. Raises TargetError if nothing fits."""
+
+
+def spend(problem: Problem, quantity: Quantity, budget: int, harm: Callable[[Option], float]) -> Pick:
+    """The pick of least total ``harm`` within ``budget``.
+
+    Raises:
+        TargetError: nothing fits the budget.
+    """
+    check_budget(problem, quantity, budget)
+    groups = [[Choice(option.cost(quantity), harm(option)) for option in group] for group in problem.options.values()]
+    return allocate(groups, budget).chosen
 
 
 def check_budget(problem: Problem, quantity: Quantity, budget: int) -> None:

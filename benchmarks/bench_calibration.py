@@ -1,0 +1,336 @@
+"""What does calibration cost beside plain forward passes over the same batches, and planning after it?
+
+On all-MiniLM-L6-v2 and 47 batches of sentences:
+
+- seconds of ``calibrate`` (sketches, held-out batches cached) against the user's own model run eagerly over the same
+  batches, in paired turns of one process;
+- peak memory of both, each in a fresh process, for a process's peak never falls again;
+- seconds of every other stage of ``optimize``, and of planning again for other targets.
+
+The page goes to results/calibration.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from unittest.mock import patch
+
+import common
+import torch
+from common import Batch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lowrank_fx import Keep
+from lowrank_fx import session as planning
+from lowrank_fx.batches import Assigned, Call, assign_calls, bind_batch, bound_calls
+from lowrank_fx.calibrate import CachedBatch, Calibration, calibrate
+from lowrank_fx.capture import Captured, capture
+from lowrank_fx.demo import load_encoder
+from lowrank_fx.effects import error_curves, joint_error, measure_effects
+from lowrank_fx.latency import paired_speedup
+from lowrank_fx.passes import order
+from lowrank_fx.passes.base import PassManager
+from lowrank_fx.planners import planner
+from lowrank_fx.planners.budget import by_effect
+from lowrank_fx.refit import refit
+from lowrank_fx.session import Session
+from lowrank_fx.sites import SiteTable, find_sites
+
+MOST_RATIO = 3.0
+"""Seconds of calibration over seconds of plain forward passes that are asked for at most."""
+
+SHARES = (0.8, 0.67, 0.5)
+ROUNDS = 5
+MIB = 1 << 20
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def main() -> None:
+    """Measure memory first and then time, and write the page."""
+    parser = common.option_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="paired turns, at least 3 (default: %(default)s)")
+    parser.add_argument("--peak-of", choices=("plain", "optimize"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rounds < 3:
+        parser.error(f"--rounds {options.rounds}: at least 3 are needed for a median")
+    data = common.data_dir(parser, options.data_dir)
+    if data is None:
+        print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
+        return
+    if options.peak_of is not None:
+        print(json.dumps(peaks(data, options.peak_of)))
+        return
+    lines = ["# What calibration and planning cost", "", *common.machine(options.date), ""]
+    # Memory comes first: Linux counts what a parent holds when it starts a process as part of that process's peak.
+    memory = memory_lines(data)
+    model, tokenizer = load_encoder()
+    batches = common.calibration_batches(data, tokenizer)
+    tokens = statistics.mean(batch["input_ids"].shape[1] for batch in batches)
+    lines += [
+        *common.paragraph(
+            f"all-MiniLM-L6-v2 with mean pooling; {common.CALIBRATION_SENTENCES:,} sentences of STS-B train in "
+            f"{len(batches)} batches of {common.BATCH}, padded to {tokens:.0f} tokens in the mean."
+        ),
+        "",
+        *time_lines(model, batches, options.rounds),
+        "",
+        *memory,
+    ]
+    common.publish(options.out, "calibration.md", lines)
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model up to where calibration starts."""
+
+    captured: Captured
+    table: SiteTable
+    bind: Callable[[Any, int], Call]
+
+    def calibrate(self, batches: Sequence[Batch]) -> Calibration:
+        """Calibrate as ``optimize`` does by default."""
+        pieces: Iterator[Assigned] = assign_calls(bound_calls(batches, self.bind))
+        graph_module, calls = self.captured.graph_module, self.captured.calls
+        return calibrate(graph_module, calls, self.table, pieces, progress=False)
+
+
+def prepare(model: nn.Module, batches: Sequence[Batch]) -> Prepared:
+    """Capture the model, clean the graph up and find its sites."""
+    signature = inspect.signature(model.forward)
+
+    def bind(batch: Any, index: int) -> Call:
+        return bind_batch(batch, signature, None, index)
+
+    captured = capture(model, bind(batches[0], 0))
+    PassManager(order.cleanup()).run(captured.graph_module)
+    return Prepared(captured, find_sites(captured.graph_module, ()), bind)
+
+
+def plain_passes(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run the user's model over all batches; its outputs are dropped."""
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+def stages(model: nn.Module, batches: Sequence[Batch], after: Callable[[str], None]) -> Session:
+    """``optimize`` up to its session, stage by stage.
+
+    Args:
+        model: the user's model.
+        batches: what calibrates it.
+        after: called with every stage's name when it is done.
+    """
+    prepared = prepare(model, batches)
+    after("capture, clean-up, sites")
+    calibration = prepared.calibrate(batches)
+    after("calibrate")
+    graph_module, table = prepared.captured.graph_module, prepared.table
+    curves = error_curves(graph_module, table, calibration, None, progress=False)
+    after("error curves")
+    effects = measure_effects(graph_module, curves, calibration, progress=False)
+    after("effects")
+    return Session(
+        model=model,
+        graph_module=graph_module,
+        calls=prepared.captured.calls,
+        table=table,
+        calibration=calibration,
+        curves=curves,
+        effects=effects,
+        planner="budget",
+        cleanup=(),
+        notes=(),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+# ---- seconds ---------------------------------------------------------------------------------------------------------
+
+
+def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[str]:
+    """The sections on time."""
+    prepared = prepare(model, batches)
+    paired = paired_speedup(
+        lambda: prepared.calibrate(batches),
+        lambda: plain_passes(model, batches),
+        device="cpu",
+        min_rounds=rounds,
+        max_seconds=0,
+        warmup=1,
+    )
+    taken: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def after(stage: str) -> None:
+        nonlocal started
+        taken[stage] = time.perf_counter() - started
+        started = time.perf_counter()
+
+    session = stages(model, batches, after)
+    del taken["calibrate"]  # once is not enough where it is compared; it is above
+    plans = [plan_seconds(session, share) for share in SHARES]
+    header = ("plain passes", "calibrate", "ratio", "IQR", "asked, at most", "met", "paired turns")
+    row = (
+        f"{paired.candidate_seconds:.2f} s",
+        f"{paired.baseline_seconds:.2f} s",
+        f"{paired.speedup:.2f}",
+        f"{paired.spread:.2f}",
+        f"{MOST_RATIO:g}",
+        common.met(paired.speedup <= MOST_RATIO),
+        str(paired.rounds),
+    )
+    return [
+        "## Calibration against plain forward passes",
+        "",
+        "Medians; the ratio is the median of the turns' ratios. Both eager, without gradients, after a warm-up.",
+        "",
+        *common.table(header, [row], left=0),
+        "",
+        "## The other stages, once each",
+        "",
+        *common.table(("stage", "seconds"), [(name, f"{seconds:.2f}") for name, seconds in taken.items()]),
+        "",
+        "## Planning, after one calibration",
+        "",
+        *common.paragraph(
+            "Seconds of `Session.plan`; the first plan also lists the options of every site. *Comparison*: candidates, "
+            "refitted factors and the final plan on held-out batches. *Refit*: two numbers per output channel by least "
+            "squares. *The rest*: factors, certified bounds."
+        ),
+        "",
+        *common.table(("target", *PLAN_PARTS, "the rest", "in all", "in all but comparison"), plans),
+    ]
+
+
+PLAN_PARTS = ("allocation", "comparison", "refit", "trade-off curve")
+
+
+class Stopwatch:
+    """Adds up seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def time(self, name: str, function: Callable[P, T]) -> Callable[P, T]:
+        """``function``, whose calls count under ``name``."""
+
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - started
+
+        return timed
+
+
+def plan_seconds(session: Session, share: float) -> tuple[str, ...]:
+    """A row of seconds: what ``Session.plan`` spends where.
+
+    The functions that it calls are timed where it finds them, so this is the plan that users get and not a copy of it.
+    """
+    target, watch = Keep(params=share, of="sites"), Stopwatch()
+    allocators = {name: watch.time("allocation", allocator) for name, allocator in planner(session.planner).items()}
+    timed = {
+        "planner": lambda _: allocators,
+        "joint_error": watch.time("comparison", joint_error),
+        "refit": watch.time("refit", refit),
+        "by_effect": watch.time("trade-off curve", by_effect),
+    }
+    with ExitStack() as stack:
+        for name, function in timed.items():
+            stack.enter_context(patch.object(planning, name, function))
+        watch.time("in all", session.plan)(target)
+    parts = [watch.seconds[name] for name in PLAN_PARTS]
+    whole = watch.seconds["in all"]
+    figures = (*parts, whole - sum(parts), whole, whole - watch.seconds["comparison"])
+    return (str(target), *(f"{seconds:.2f}" for seconds in figures))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_lines(data: Path) -> list[str]:
+    """The section on memory: two fresh processes, and what calibration keeps."""
+    plain, optimized = (_in_fresh_process(data, what) for what in ("plain", "optimize"))
+    kept = {name: optimized.pop(name) for name in ("sketches", "cached batches")}
+    rows = [
+        (process, stage, f"{mib:.0f}", f"{mib - found['model and batches loaded']:.0f}")
+        for process, found in (("plain passes", plain), ("optimize", optimized))
+        for stage, mib in found.items()
+    ]
+    return [
+        "## Peak memory",
+        "",
+        *common.paragraph(
+            "Resident memory of a fresh process at its highest until the end of each stage, in MiB; a stage that adds "
+            "nothing stayed below what came before it. Calibration keeps "
+            + " and ".join(f"{mib:.0f} MiB of {name}" for name, mib in kept.items())
+            + "."
+        ),
+        "",
+        *common.table(("process", "until the end of", "peak", "above loaded"), rows, left=2),
+    ]
+
+
+def _in_fresh_process(data: Path, what: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--data-dir", str(data), "--peak-of", what]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, float] = json.loads(answer.splitlines()[-1])
+    return found
+
+
+def peaks(data: Path, what: str) -> dict[str, float]:
+    """This process's peak in MiB after every stage; for ``"optimize"`` also what calibration keeps."""
+    model, tokenizer = load_encoder()
+    batches = common.calibration_batches(data, tokenizer)
+    found: dict[str, float] = {}
+
+    def after(stage: str) -> None:
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        found[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+    after("model and batches loaded")
+    if what == "plain":
+        plain_passes(model, batches)
+        after("forward passes")
+        return found
+    session = stages(model, batches, after)
+    calibration = session.calibration
+    session.plan(Keep(params=SHARES[0], of="sites"))
+    after("plan")
+    cached = (*calibration.effect_batches, *calibration.select_batches, *calibration.report_batches)
+    return found | {
+        "sketches": calibration.state_bytes / MIB,
+        "cached batches": sum(map(_nbytes, cached)) / MIB,
+    }
+
+
+def _nbytes(batch: CachedBatch) -> int:
+    leaves = [*batch.call.tensors(), *pytree.tree_leaves(batch.reference)]
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+
+
+if __name__ == "__main__":
+    main()

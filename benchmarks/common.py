@@ -1,0 +1,158 @@
+"""What the benchmarks share: their options, the data, the facts about the machine, and the page a result is written to.
+
+The models and the data are no part of the project. They lie in a folder beside it, and its own modules read them; where
+it is not there, a benchmark says so, measures nothing and leaves the last results as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import os
+import platform
+import random
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowrank_fx
+from lowrank_fx._files import write_atomic
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_DATA = HERE.parent.parent / "shared" / "data"
+
+CALIBRATION_SENTENCES = 1500
+BATCH = 32
+TOKENS = 128
+
+Batch = dict[str, Tensor]
+
+
+# ---- options and data ------------------------------------------------------------------------------------------------
+
+
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder of models and data (default: ../shared/data beside the repository)"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the page (default: results/)")
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date on the page (default: today)")
+    return parser
+
+
+def data_dir(parser: argparse.ArgumentParser, given: Path | None) -> Path | None:
+    """The data folder, or None where none was given and the default does not exist."""
+    if given is not None and not given.is_dir():
+        parser.error(f"--data-dir {given} is not a folder")
+    return given or (DEFAULT_DATA if DEFAULT_DATA.is_dir() else None)
+
+
+def data_module(data: Path, name: str) -> Any:
+    """A module that lies in the data folder, such as ``data_io``, imported under its own name."""
+    known: ModuleType | None = sys.modules.get(name)
+    if known is not None:
+        return known
+    spec = importlib.util.spec_from_file_location(name, data / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{data / name}.py cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def unique_sentences(pairs: tuple[Any, list[str], list[str]]) -> list[str]:
+    """Each sentence of (scores, first sentences, second sentences) once, in order."""
+    return list(dict.fromkeys(pairs[1] + pairs[2]))
+
+
+def sentence_pairs(data: Path, split: str) -> tuple[Any, list[str], list[str]]:
+    """Human scores, first and second sentences of STS-B's ``train`` or ``dev`` split."""
+    pairs: tuple[Any, list[str], list[str]] = data_module(data, "data_io").load_pairs(
+        data / "sts" / f"stsb_{split}.tsv.gz"
+    )
+    return pairs
+
+
+def token_batches(tokenizer: Any, sentences: Sequence[str]) -> list[Batch]:
+    """Padded batches of token ids and masks, in order."""
+    batches = []
+    for start in range(0, len(sentences), BATCH):
+        part = list(sentences[start : start + BATCH])
+        encoded = tokenizer(part, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        batches.append({name: encoded[name] for name in ("input_ids", "attention_mask")})
+    return batches
+
+
+def calibration_batches(data: Path, tokenizer: Any) -> list[Batch]:
+    """1,500 unlabelled training sentences in 47 batches, the same on every call."""
+    sentences = unique_sentences(sentence_pairs(data, "train"))
+    random.Random(0).shuffle(sentences)
+    return token_batches(tokenizer, sentences[:CALIBRATION_SENTENCES])
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def machine(date: str) -> list[str]:
+    """What the figures depend on besides the code."""
+    return paragraph(
+        f"{date}; {_processor()}, {os.cpu_count()} logical CPUs, {torch.get_num_threads()} threads, load average "
+        f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"lowrank_fx {lowrank_fx.__version__}."
+    )
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """A markdown table whose source reads as a table too.
+
+    Args:
+        header: the columns' names.
+        rows: cells, as many per row.
+        left: so many columns from the left are aligned left, the others right.
+    """
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return [line(header), line(rule), *map(line, rows)]
+
+
+def paragraph(text: str) -> list[str]:
+    """Text as lines of a page."""
+    return textwrap.wrap(text, 120)
+
+
+def publish(folder: Path, name: str, lines: Sequence[str]) -> None:
+    """Print a page and write it to ``name`` in ``folder``, which is made if it does not exist."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / name, text.encode())
+
+
+def met(reached: bool) -> str:
+    """How a column says whether a figure is within what was asked."""
+    return "yes" if reached else "NO"
