@@ -8,6 +8,7 @@ the same rows.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,27 +193,29 @@ def calibrate(
 def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[str, int | None]:
     """The sketch size of every tap: None (exact) while all states together fit ``memory``.
 
-    Then the widest taps move to Frequent Directions first. Their size comes from an equal share of what the exact taps
-    leave of the memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``MIN_SKETCH``. Taps of
-    at most twice that width stay exact, because no sketch of them would be smaller. ``memory`` is exceeded only where
-    the least sizes do not fit.
+    Then the widest taps move to Frequent Directions first; taps of one width move together, so that the sketches of a
+    weight that is applied twice can be merged. Their size comes from an equal share of what the exact taps leave of the
+    memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``MIN_SKETCH``. Taps of at most twice
+    that width stay exact, because no sketch of them would be smaller. ``memory`` is exceeded only where the least sizes
+    do not fit.
     """
     widths = {tap.name: tap.width for tap in taps}
     if forced is not None:
         return dict.fromkeys(widths, forced)
-    sizes: dict[str, int | None] = dict.fromkeys(widths)
-    by_width = sorted((name for name in widths if widths[name] > 2 * MIN_SKETCH), key=lambda name: -widths[name])
-    for count in range(len(by_width) + 1):
-        sketched = by_width[:count]
-        left = memory - sum(8 * width**2 for name, width in widths.items() if name not in sketched)
-        for position, name in enumerate(sketched):
+    counts = Counter(widths.values())
+    wide = sorted((width for width in counts if width > 2 * MIN_SKETCH), reverse=True)
+    sizes: dict[int, int] = {}
+    for moved in range(len(wide) + 1):
+        sketched = wide[:moved]
+        left = memory - sum(8 * width**2 * count for width, count in counts.items() if width not in sketched)
+        for position, width in enumerate(sketched):
             # Widest first: what its least size takes beyond an equal share is missing in the shares of the others.
-            size = max(MIN_SKETCH, left // (count - position) // (16 * widths[name]))
-            sizes[name] = size
-            left -= 16 * widths[name] * size
+            sharing = sum(counts[other] for other in sketched[position:])
+            sizes[width] = max(MIN_SKETCH, left // sharing // (16 * width))
+            left -= 16 * width * sizes[width] * counts[width]
         if left >= 0:
             break
-    return sizes
+    return {name: sizes.get(width) for name, width in widths.items()}
 
 
 class TapObserver(nn.Module):

@@ -117,7 +117,10 @@ class CallSignature:
                     self.signature.parameters[name].default if name in self.signature.parameters else inspect._empty
                 )
                 if isinstance(example, Tensor) or default is inspect._empty:
-                    raise CallError(f"argument {name} is missing; the model was captured with {', '.join(self._given)}")
+                    raise CallError(
+                        f"argument {name} is missing; the model was captured with {', '.join(self._given)} "
+                        "(forward_args= of optimize chooses what a batch passes)"
+                    )
                 given[name] = default
         names = list(self._given)
         positional = names[: len(self.example.args)]
@@ -209,6 +212,7 @@ def preserved(model: nn.Module) -> Iterator[list[str]]:
     modes = [(module, module.training) for module in model.modules()]
     saved: list[tuple[nn.Module, str, Any]] = []
     hooked: list[str] = []
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices):
         try:
@@ -225,6 +229,9 @@ def preserved(model: nn.Module) -> Iterator[list[str]]:
                         hooked.append(name or type(module).__name__)
             yield list(dict.fromkeys(hooked))
         finally:
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.detach().copy_(value)
             for module, training in modes:
                 module.training = training
             for module, attribute, hooks in saved:
@@ -346,26 +353,26 @@ def _standalone(exported: nn.Module) -> tuple[GraphModule, Callable[..., object]
         if node.op == "call_module" and node.target == "_guards_fn":
             guards = exported.get_submodule("_guards_fn").forward
             graph.erase_node(node)
+        elif node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # it would pin the dtype and device of the example
     standalone = GraphModule(exported, graph, class_name="CapturedGraph")
-    for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            _own_mutated_state(standalone, node)
+    if any(_writes(node) for node in graph.nodes):
+        _own_buffers(standalone)
     standalone.graph.lint()
     standalone.recompile()
     return standalone, guards
 
 
-def _own_mutated_state(gm: GraphModule, node: torch.fx.Node) -> None:
-    """Give the graph its own copy of state it writes to, so that running it never changes the user's buffers."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, torch.fx.Node) and value.op == "get_attr":
-            owner, _, leaf = str(value.target).rpartition(".")
-            module = gm.get_submodule(owner)
-            state = getattr(module, leaf)
-            if isinstance(state, Tensor):
-                setattr(module, leaf, state.detach().clone())
+def _writes(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _own_buffers(gm: GraphModule) -> None:
+    """Give a graph that writes to something its own copy of the state, so that running it never changes the user's."""
+    for module in gm.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.detach().clone()
 
 
 def _at_least_two_rows(call: Call) -> Call:

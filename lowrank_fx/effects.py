@@ -74,7 +74,7 @@ class EffectCurve:
         0.04
         """
         if error <= 0 or not self.points:
-            return 0.0
+            return self.points[0][1] if self.points and self.points[0][0] == 0 else 0.0
         errors = [point[0] for point in self.points]
         position = bisect.bisect_left(errors, error)
         if position == len(errors):

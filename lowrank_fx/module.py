@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any, Self
@@ -18,11 +17,11 @@ from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.plan import Plan
 from lowrank_fx.report import Report
 from lowrank_fx.rewrite import copy_graph_module, factorize, fold
-from lowrank_fx.session import Session
+from lowrank_fx.session import Session, compile_module
 from lowrank_fx.storage import Artifact
 from lowrank_fx.targets import Target, Tolerance, check_target
 
-SLOWER = "the factored model measured slower than the original ({speedup:.2f}x), so the original came back"
+SLOWER = "the factored model measured slower than the original, so the original came back"
 
 
 class LowRankModule(nn.Module):
@@ -31,7 +30,7 @@ class LowRankModule(nn.Module):
     Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
     ``layer.0.q.factor_in`` and ``layer.0.q.factor_out`` in place of ``layer.0.q.weight``. It trains, moves and saves
     like any module. It was captured in eval mode: ``train()`` sets the flag, but dropout stays off and batch norms
-    stay folded.
+    stay folded. Dtypes that ``forward`` itself spells out stay as captured: cast a model before optimizing it.
 
     Attributes:
         artifact: graph, plan and timing.
@@ -161,12 +160,18 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
     Args:
         session: the calibrated model.
         target: what is asked for.
-        base: an artifact of the same session, for its checksums; None computes them.
+        base: an earlier artifact of the same session, whose checksums must still hold; None for the first.
         compile: whether the result is compiled, and measured against the compiled original.
         clone: whether the result owns the tensors that are not factored.
     """
+    checksums = storage.base_weights(session.model)
+    changed = [] if base is None else [name for name, entry in checksums.items() if base.base.get(name) != entry]
+    if changed:
+        raise LowRankError(
+            f"{changed[0]!r} of the original model has changed since it was calibrated, so nothing that was measured "
+            "holds for it; call optimize again"
+        )
     plan, factored = session.plan(target)
-    checksums = storage.base_weights(session.model) if base is None else base.base
 
     def make(plan: Plan, chosen: dict[str, Any], timing: PairedTiming | None) -> LowRankModule:
         gm = factorize(session.graph_module, chosen, clone=clone)
@@ -179,14 +184,14 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
         return made
     timing = measure(session, made)
     if isinstance(target, Tolerance) and timing.speedup < 1:
-        return make(session.dense_plan(plan, SLOWER.format(speedup=timing.speedup)), {}, None)
+        return make(session.dense_plan(plan, SLOWER), {}, None)
     made.artifact.timing = timing
     return made
 
 
 def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
     """Time a candidate against the user's own model, in paired turns, on the first calibration batch."""
-    call = session.calibration.effect_batches[0].call
+    call = session.calibration.effect_batches[0].call.map(torch.clone)
     model = unwrap(session.model)
     baseline = session.compiled_original() if candidate.compiled else model
     graph = candidate.artifact.graph_module
@@ -198,29 +203,17 @@ def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
         )
 
 
-def compile_module(module: nn.Module) -> Callable[..., Any]:
-    """``torch.compile`` with recompile limits of its own, where torch can do that.
-
-    The recompile limit counts per code object, so many compiled instances of one class would fall back to eager.
-    """
-    isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {"isolate_recompiles": True} if isolate else {}
-    compiled: Callable[..., Any] = torch.compile(module, **options)
-
-    # A plain function: kept as an attribute, the compiled module itself would register as a child.
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
-
-    return run
-
-
 def _device(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
 
 
 def _move_constants(gm: GraphModule, before: torch.device, after: torch.device) -> None:
     """Devices that capture wrote into the graph (of ``arange``, ``full``, ...) follow the parameters."""
+
+    def moved(value: Any) -> Any:
+        return after if isinstance(value, torch.device) and value.type == before.type else value
+
     for node in gm.graph.nodes:
-        if node.kwargs.get("device") == before:
-            node.update_kwarg("device", after)
+        node.args = torch.fx.node.map_aggregate(node.args, moved)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, moved)
     gm.recompile()

@@ -33,8 +33,9 @@ class SitePlan:
         in_features: columns of the weight as a matrix.
         params: weights before and after.
         flops: FLOPs before and after, at the shape of the first calibration batch.
-        error: relative error of the layer's own output on the sketched rows, for the factors as stored.
-        bound: certified upper bound of that error on those rows; above ``error`` only where the tap was sketched.
+        error: relative error of the layer's own output on the sketched rows, for the factors as stored: the lower end
+            of what the sketch certifies.
+        bound: the upper end; the two differ by rounding unless the tap was sketched.
         effect: predicted relative error of the model's output if this site alone is factored.
         reason: why it stays dense; empty where it is factored.
     """

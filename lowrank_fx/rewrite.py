@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from lowrank_fx._env import max_rewrites
+from lowrank_fx.errors import PassError
 from lowrank_fx.forms import Factors
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
@@ -70,5 +72,8 @@ def factorize(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], *, 
 def fold(gm: GraphModule, sites: Mapping[str, Site]) -> GraphModule:
     """A copy of a factored graph, sharing no tensor with it, with one dense operator per site."""
     folded = copy_graph_module(gm, clone=False)
-    PassManager(order.folding(sites)).run(folded)
+    ((_, result),) = PassManager(order.folding(sites)).run(folded)
+    if result.refusals and max_rewrites() is None:
+        refusal = result.refusals[0]
+        raise PassError(f"{refusal.node} cannot be folded: {refusal.reason}")
     return copy_graph_module(folded, clone=True)

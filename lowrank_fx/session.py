@@ -1,10 +1,12 @@
 """What one calibration makes possible: a plan, and the factors for it, for any target, in seconds.
 
-A session owns the clean captured graph, the sketches' error curves and the measured effects. It never changes.
+A session owns the clean captured graph, the sketches' error curves and the measured effects. It
+shares the model's weights, which therefore have to stay as they are.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,7 @@ from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
 from lowrank_fx.planners.problem import Option, Pick, Problem
 from lowrank_fx.refit import refit
+from lowrank_fx.rewrite import copy_graph_module
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import Keep, Quantity, Target, Tolerance
 
@@ -99,7 +102,7 @@ class Session:
     def compiled_original(self) -> Callable[..., Any]:
         """The user's model through ``torch.compile``, compiled once for all plans of this session."""
         if self._compiled is None:
-            self._compiled = torch.compile(self.model)
+            self._compiled = compile_module(self.model)
         return self._compiled
 
     def dense_plan(self, plan: Plan, reason: str) -> Plan:
@@ -149,7 +152,9 @@ class Session:
         dense = self.problem.cost(self.problem.dense, quantity)
         if quantity == "flops":
             return self.calibration.flops - dense
-        return sum(parameter.numel() for parameter in self.graph_module.parameters()) - dense
+        # A copy holds only what the graph reads, as the result will.
+        read = copy_graph_module(self.graph_module, clone=False)
+        return sum(parameter.numel() for parameter in read.parameters()) - dense
 
     def _before(self, quantity: Quantity) -> int:
         return self.calibration.flops if quantity == "flops" else self.params
@@ -173,6 +178,8 @@ class Session:
     # ---- the plan ------------------------------------------------------------------------------------------------
 
     def _finish(self, target: Target, quantity: Quantity, outcome: Outcome) -> tuple[Plan, Factored]:
+        if not math.isfinite(outcome.error):
+            raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
         factored = self._factor(outcome.pick)
         candidate, select_error, candidates = outcome.candidate, outcome.error, outcome.candidates
         if factored:
@@ -218,7 +225,7 @@ class Session:
             predicted_error=self.problem.effect(outcome.pick),
             select_error=select_error,
             error=report_error,
-            candidates=candidates,
+            candidates=tuple((name, error) for name, error in candidates if math.isfinite(error)),
             curve=self._trade_off(quantity),
         )
         return plan, factored
@@ -283,3 +290,19 @@ class Session:
                 TradeOff(totals.kept("params", "model"), totals.kept("flops", "model"), self.problem.effect(pick))
             )
         return tuple(points)
+
+
+def compile_module(module: nn.Module) -> Callable[..., Any]:
+    """``torch.compile`` with recompile limits of its own, where torch can do that.
+
+    The recompile limit counts per code object, so many compiled instances of one class would fall back to eager.
+    """
+    isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if isolate else {}
+    compiled: Callable[..., Any] = torch.compile(module, **options)
+
+    # A plain function: kept as an attribute, the compiled module itself would register as a child.
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    return run

@@ -88,12 +88,14 @@ class Tap:
         node: name of the graph node whose value is observed.
         width: length of a row (for a convolution channels x kernel height x kernel width).
         patch: im2col geometry, or None for rows along the last dimension.
+        reader: name of the first graph node that applies a weight to it; in front of that the activation is final.
     """
 
     name: str
     node: str
     width: int
     patch: Patch | None = None
+    reader: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
             left_alone.append(LeftAlone(name, str(refusal)))
             continue
         sites.append(site)
-        taps.update((tap.name, tap) for tap in site_taps)
+        for tap in site_taps:
+            taps.setdefault(tap.name, tap)
     if unmatched:
         names = [_site_name(fqn) for fqn, _ in tensors.values()]
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -279,6 +282,8 @@ def _make_site(gm: GraphModule, name: str, fqn: str, weight: Tensor, nodes: list
     first = used[0]
     if any((use.kind, use.transposed, use.patch) != (first.kind, first.transposed, first.patch) for use in used):
         raise _RefusedError("its weight is shared by calls of different kinds or geometry")
+    if any(use.bias is not None and not isinstance(_fetch(gm, str(use.bias.target)), Parameter) for use in used):
+        raise _RefusedError("its bias is a buffer, not a parameter")
     if any(_attribute_behind(use.activation) is not None for use in used):
         raise _RefusedError("it is applied to another parameter, not to an activation")
     out_features = weight.shape[1] if first.transposed else weight.shape[0]
@@ -289,7 +294,7 @@ def _make_site(gm: GraphModule, name: str, fqn: str, weight: Tensor, nodes: list
     taps, calls = [], []
     for node, use in zip(nodes, used, strict=True):
         tap_name = use.activation.name if use.patch is None else f"{use.activation.name}[{_geometry(use.patch)}]"
-        taps.append(Tap(tap_name, use.activation.name, in_features, use.patch))
+        taps.append(Tap(tap_name, use.activation.name, in_features, use.patch, node.name))
         calls.append(SiteCall(node.name, tap_name, None if use.bias is None else str(use.bias.target)))
     centered = all(use.bias is not None and set(use.bias.users) <= set(nodes) for use in used) and not _is_shared(
         gm, [str(use.bias.target) for use in used if use.bias is not None]

@@ -217,13 +217,14 @@ def _fill(path: Path, gm: GraphModule, tensors: Mapping[str, Tensor]) -> None:
             raise StorageError(f"{path}: tensor {name!r} is {where}")
         expected = own[name]
         stored = tensors[name]
-        if stored.shape != expected.shape or stored.dtype != expected.dtype:
+        cast = stored.is_floating_point() and expected.is_floating_point()  # the module was cast after it was made
+        if stored.shape != expected.shape or (stored.dtype != expected.dtype and not cast):
             raise StorageError(
                 f"{path}: tensor {name!r} is {tuple(stored.shape)} {stored.dtype}, "
                 f"the model needs {tuple(expected.shape)} {expected.dtype}"
             )
         with torch.no_grad():
-            expected.copy_(stored)
+            expected.data = stored.to(expected.device)
 
 
 def _check_base(root: Path, stored: Mapping[str, BaseWeight], actual: Mapping[str, BaseWeight]) -> None:

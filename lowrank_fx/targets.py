@@ -17,7 +17,10 @@ Quantity: TypeAlias = Literal["params", "flops"]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The cheapest plan (fewest FLOPs) whose held-out error is at most ``error``.
+    """The cheapest plan (fewest FLOPs) whose error on held-out batches is at most ``error``.
+
+    It is held to that on the half of the held-out rows that chooses among plans; the other half reports. Whether such a
+    plan is returned, or the original because that measured faster, depends on the clock.
 
     Args:
         error: relative L2 error of the model's floating outputs on held-out batches, greater than 0.

@@ -146,14 +146,6 @@ def _exists(gm: GraphModule, target: str) -> bool:
         return False
 
 
-def alias_groups(gm: GraphModule) -> tuple[tuple[str, ...], ...]:
-    """The FQNs of each distinct parameter or buffer; a tied weight is one group of several names."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in registered_tensors(gm):
-        groups.setdefault(id(tensor), []).append(name)
-    return tuple(tuple(names) for names in groups.values())
-
-
 def names_of_tensor(gm: GraphModule, tensor: Tensor) -> tuple[str, ...]:
     """The FQNs under which ``tensor`` itself (not an equal one) is registered."""
     return tuple(name for name, other in registered_tensors(gm) if other is tensor)

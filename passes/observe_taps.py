@@ -13,7 +13,9 @@ from lowrank_fx.sites import Tap
 
 
 class ObserveTaps(Pass):
-    """Put an observer behind every tap; the graph computes what it computed before.
+    """Put an observer on every tap, right in front of its first reader; the graph computes what it computed before.
+
+    Not right behind the tap's own node: an activation may be filled in place before a layer reads it.
 
     Before::
 
@@ -56,10 +58,10 @@ class ObserveTaps(Pass):
                 refusals.append(budget.refusal(node))
                 continue
             holder.append(self.observers[tap.name])
-            after = node.next
-            while after.op == "placeholder":
-                after = after.next
-            with gm.graph.inserting_before(after):
+            before = nodes.get(tap.reader, node.next)
+            while before.op == "placeholder":
+                before = before.next
+            with gm.graph.inserting_before(before):
                 gm.graph.call_module(f"{name}.{len(holder) - 1}", (node,))
             changes.append(f"{tap.name} observed")
         return PassResult(tuple(changes), tuple(refusals))

@@ -16,9 +16,6 @@ from lowrank_fx.targets import Quantity
 
 BISECTIONS = 8
 
-TIE_BREAK = 1e-9
-"""Where effects cannot tell options apart (an effect of zero), the site's own error does."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -43,7 +40,7 @@ def by_effect(problem: Problem, quantity: Quantity, budget: int) -> Pick:
     Raises:
         TargetError: nothing fits the budget.
     """
-    return spend(problem, quantity, budget, lambda option: option.effect**2 + TIE_BREAK * option.error**2)
+    return spend(problem, quantity, budget, lambda option: option.effect**2)
 
 
 def within_budget(

@@ -90,7 +90,33 @@ def spend(problem: Problem, quantity: Quantity, budget: int, harm: Callable[[Opt
     """
     check_budget(problem, quantity, budget)
     groups = [[Choice(option.cost(quantity), harm(option)) for option in group] for group in problem.options.values()]
-    return allocate(groups, budget).chosen
+    return _fill(problem, quantity, budget, allocate(groups, budget).chosen)
+
+
+def _fill(problem: Problem, quantity: Quantity, budget: int, pick: Pick) -> Pick:
+    """Spend what is left of ``budget`` on lower site errors, where effects are no worse for it.
+
+    Calibration may see no effect at all of a range of ranks (few rows, a flat curve); the budget allows more, so more
+    is kept.
+    """
+    groups = list(problem.options.values())
+    filled = list(pick)
+    left = budget - problem.cost(pick, quantity)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for site, group in enumerate(groups):
+            now = group[filled[site]]
+            for index, option in enumerate(group):
+                step = option.cost(quantity) - now.cost(quantity)
+                if 0 < step <= left and option.error < now.error and option.effect <= now.effect:
+                    gain = (now.error**2 - option.error**2) / step
+                    if best is None or gain > best[0]:
+                        best = (gain, site, index)
+        if best is None:
+            return tuple(filled)
+        _, site, index = best
+        left -= groups[site][index].cost(quantity) - groups[site][filled[site]].cost(quantity)
+        filled[site] = index
 
 
 def check_budget(problem: Problem, quantity: Quantity, budget: int) -> None:

@@ -62,12 +62,12 @@ GOLDEN = """\
 %k_weight = get[k.weight]
 %k_bias = get[k.bias]
 %x = input
-%observers_1 = module[observers.1](%x)
 %relu = relu(%x)
 %observers_0 = module[observers.0](%relu)
 %linear = linear(%relu, %q_weight, %q_bias)
 %linear_1 = linear(%relu, %k_weight, %k_bias)
 %add = add.Tensor(%linear, %linear_1)
+%observers_1 = module[observers.1](%x)
 %linear_2 = linear(%x, %k_weight, %k_bias)
 %add_1 = add.Tensor(%add, %linear_2)
 return (%add_1,)"""

@@ -180,3 +180,11 @@ def test_planners_by_name() -> None:
     message = "planner='best' does not exist; there are 'budget', 'energy', 'uniform'"
     with pytest.raises(OptionError, match=re.escape(message)):
         planner("best")
+
+
+def test_a_budget_that_effects_do_not_use_goes_to_lower_errors() -> None:
+    """Options whose effects are all zero: the cheapest would do for the effects, but the budget allows more."""
+    ranks = [Option("lowrank", rank, 10 * rank, 10 * rank, 0.5 / rank, 0.0) for rank in (1, 2, 3, 4)]
+    problem = Problem({"a": (Option("dense", None, 60, 60, 0.0, 0.0), *ranks)})
+    pick = by_effect(problem, "params", 35)
+    assert problem.chosen(pick)["a"].rank == 3
