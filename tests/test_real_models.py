@@ -53,7 +53,7 @@ def llama() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
-    "resnet18": (lambda: timm.create_model("resnet18"), lambda: pictures(64)),
+    "resnet18": (lambda: timm.create_model("resnet18", zero_init_last=False), lambda: pictures(64)),
     "deit3_small": (lambda: timm.create_model("deit3_small_patch16_224", img_size=64), lambda: pictures(64)),
     "gpt2": (gpt2, lambda: tokens(512)),
     "llama": (llama, lambda: tokens(512)),
