@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lowrank_fx._progress import Progress
 from lowrank_fx.batches import Assigned, Call
-from lowrank_fx.capture import CallSignature
+from lowrank_fx.capture import CallSignature, device_of
 from lowrank_fx.compare import floating_outputs
 from lowrank_fx.errors import CalibrationError, CallError
 from lowrank_fx.passes import order
@@ -124,7 +124,7 @@ def calibrate(
     Raises:
         CalibrationError: bad data; the message names the batch and the layer.
     """
-    device = next((tensor.device for tensor in gm.parameters()), torch.device("cpu"))
+    device = device_of(gm)
     recorder = _Recorder(seed)
     sizes = sketch_sizes(table.taps.values(), sketch_size, sketch_memory)
     observers = {

@@ -170,6 +170,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter lives; the CPU if it has none."""
+    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+
+
 def capture(model: nn.Module, call: Call) -> Captured:
     """Capture ``model`` as it runs ``call`` in eval mode.
 

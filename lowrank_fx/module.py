@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lowrank_fx import storage
-from lowrank_fx.capture import preserved, unwrap
+from lowrank_fx.capture import device_of, preserved, unwrap
 from lowrank_fx.errors import LowRankError
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.plan import Plan
@@ -123,9 +123,9 @@ class LowRankModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        before = _device(self)
+        before = device_of(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = _device(self)
+        after = device_of(self)
         if before != after:
             _move_constants(self.artifact.graph_module, before, after)
             self._prepare()
@@ -196,15 +196,11 @@ def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
     baseline = session.compiled_original() if candidate.compiled else model
     graph = candidate.artifact.graph_module
     run = candidate._run
-    device = _device(graph)
+    device = device_of(graph)
     with preserved(model), torch.no_grad():
         return paired_speedup(
             lambda: baseline(*call.args, **call.kwargs), lambda: run(*call.args, **call.kwargs), device=device
         )
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
 
 
 def _move_constants(gm: GraphModule, before: torch.device, after: torch.device) -> None:

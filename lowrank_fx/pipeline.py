@@ -9,13 +9,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowrank_fx import storage
 from lowrank_fx.batches import Call, assign_calls, bind_batch, bound_calls
 from lowrank_fx.calibrate import calibrate
-from lowrank_fx.capture import capture, unwrap
+from lowrank_fx.capture import capture, device_of, unwrap
 from lowrank_fx.effects import error_curves, measure_effects
 from lowrank_fx.errors import CalibrationError, OptionError
 from lowrank_fx.forms import FORMS
@@ -95,7 +94,7 @@ def optimize(
             "the loader gave no batch; pass an iterable of batches that has not been read to its end"
         )
     pieces = assign_calls(itertools.chain([first], incoming), holdout)
-    device = next((tensor.device for tensor in inner.parameters()), torch.device("cpu"))
+    device = device_of(inner)
     captured = capture(inner, first[1].to(device))
     cleanup = PassManager(order.cleanup()).run(captured.graph_module)
     table = find_sites(captured.graph_module, patterns)

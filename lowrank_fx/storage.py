@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from lowrank_fx._files import read_json, sha256_file, sha256_tensor, write_atomic
 from lowrank_fx.batches import Call
-from lowrank_fx.capture import CallSignature, capture
+from lowrank_fx.capture import CallSignature, capture, device_of
 from lowrank_fx.errors import LowRankError, PlanError, StorageError
 from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.latency import PairedTiming
@@ -144,7 +144,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
             raise StorageError(
                 f"{root}: the example inputs could not be stored; pass load(model, folder, example=batch)"
             )
-        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         example = Call(tuple(stored_call[0]), stored_call[1]).to(device)
 
     captured = capture(model, example)
