@@ -218,7 +218,7 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
     for node in gm.graph.nodes:
         for leaf in node.all_input_nodes if node.op != "get_attr" else ():
             source = _attribute_behind(leaf)
-            if source is None or _is_transpose(node):
+            if source is None or is_transpose(node):
                 continue
             tensor = _fetch(gm, str(source.target))
             if not _is_weight(tensor):
@@ -397,7 +397,7 @@ _WHOLE = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.de
 # ---- small readers of graph nodes ------------------------------------------------------------------------------------
 
 
-def _is_transpose(node: Node) -> bool:
+def is_transpose(node: Node) -> bool:
     """Whether the node swaps the two dimensions of a matrix that is an attribute."""
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or source.op != "get_attr" or _rank(source) != 2:
@@ -413,7 +413,7 @@ def _attribute_behind(node: Node) -> Node | None:
     """The get_attr node that ``node`` is, or is the transpose of."""
     if node.op == "get_attr":
         return node
-    if _is_transpose(node):
+    if is_transpose(node):
         source = node.args[0]
         assert isinstance(source, Node)
         return source

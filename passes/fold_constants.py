@@ -19,6 +19,7 @@ from lowrank_fx.errors import PassError
 from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
 from lowrank_fx.passes.edit import delete_attr, free_name, names_of_tensor, parameter_node, set_buffer, set_parameter
 from lowrank_fx.passes.verify import attr_tensor, resolve_attr
+from lowrank_fx.sites import is_transpose
 
 aten = torch.ops.aten
 
@@ -42,7 +43,6 @@ _WEIGHTS: dict[object, tuple[int, ...]] = {
 _BIASES: dict[object, int] = {target: 2 for target, places in _WEIGHTS.items() if places == (1,)} | {
     aten.addmm.default: 0
 }
-_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
 # In inference these return their input, which their schemas do not tell.
 _HIDDEN_VIEWS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _UNDEFINED = ("empty", "new_empty")
@@ -203,7 +203,7 @@ class _Constants:
         return found
 
     def _worthwhile(self, results: list[Node]) -> bool:
-        if all(_is_plain_transpose(node) for node in results):
+        if all(is_transpose(node) for node in results):
             return False
         dtype = results[0].meta["val"].dtype
         views = all(
@@ -253,16 +253,6 @@ def _is_view(node: Node) -> bool:
         return True
     returns = node.target._schema.returns if isinstance(node.target, OpOverload) else []
     return any(result.alias_info is not None for result in returns)
-
-
-def _is_plain_transpose(node: Node) -> bool:
-    source = node.args[0] if node.args else None
-    return (
-        node.target in _TRANSPOSES
-        and isinstance(source, Node)
-        and source.op == "get_attr"
-        and source.meta["val"].dim() == 2
-    )
 
 
 def _written_nodes(gm: GraphModule) -> set[Node]:
