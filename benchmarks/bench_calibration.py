@@ -41,6 +41,7 @@ from lowrank_fx.calibrate import CachedBatch, Calibration, calibrate
 from lowrank_fx.capture import Captured, capture
 from lowrank_fx.demo import load_encoder
 from lowrank_fx.effects import error_curves, joint_error, measure_effects
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
@@ -48,7 +49,7 @@ from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import by_effect
 from lowrank_fx.refit import refit
 from lowrank_fx.session import Session
-from lowrank_fx.sites import SiteTable, find_sites
+from lowrank_fx.sites import SiteTable
 
 MOST_RATIO = 3.0
 """Seconds of calibration over seconds of plain forward passes that are asked for at most."""

@@ -18,12 +18,12 @@ from lowrank_fx.capture import capture, device_of, unwrap
 from lowrank_fx.effects import error_curves, measure_effects
 from lowrank_fx.errors import CalibrationError, OptionError
 from lowrank_fx.forms import FORMS
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.module import LowRankModule, build
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.session import Session
-from lowrank_fx.sites import find_sites
 from lowrank_fx.targets import Target, Tolerance, check_target
 
 

@@ -18,7 +18,6 @@ from torch.fx import GraphModule
 
 from lowrank_fx import cost
 from lowrank_fx.calibrate import Calibration
-from lowrank_fx.capture import CallSignature
 from lowrank_fx.effects import EffectCurve, SiteCurves, joint_error
 from lowrank_fx.errors import TargetError
 from lowrank_fx.forms import DENSE, Factors, relative
@@ -28,6 +27,7 @@ from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within
 from lowrank_fx.planners.problem import Option, Pick, Problem
 from lowrank_fx.refit import refit
 from lowrank_fx.rewrite import copy_graph_module
+from lowrank_fx.signature import CallSignature
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import Keep, Quantity, Target, Tolerance
 

@@ -21,15 +21,17 @@ from torch.fx import GraphModule
 
 from lowrank_fx._files import read_json, sha256_file, sha256_tensor, write_atomic
 from lowrank_fx.batches import Call
-from lowrank_fx.capture import CallSignature, capture, device_of
+from lowrank_fx.capture import capture, device_of
 from lowrank_fx.errors import LowRankError, PlanError, StorageError
 from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.plan import Plan
 from lowrank_fx.rewrite import factorize, fold
-from lowrank_fx.sites import Site, find_sites
+from lowrank_fx.signature import CallSignature
+from lowrank_fx.sites import Site
 
 FORMAT = 1
 PLAN_FILE = "plan.json"

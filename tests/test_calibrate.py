@@ -14,14 +14,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_fx import calibrate as room
+from lowrank_fx import observer as observer_room
 from lowrank_fx.batches import Assigned, Call, Role
-from lowrank_fx.calibrate import Calibration, calibrate, count_flops, sketch_sizes
+from lowrank_fx.calibrate import Calibration, calibrate, count_flops
 from lowrank_fx.capture import Captured, capture
 from lowrank_fx.effects import error_curves, measure_effects
 from lowrank_fx.errors import CalibrationError
+from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.observer import Recorder, TapObserver, sketch_sizes
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
-from lowrank_fx.sites import Site, SiteTable, Tap, find_sites
+from lowrank_fx.sites import Site, SiteTable, Tap
 from lowrank_fx.sketch import FrequentDirections
 
 
@@ -199,7 +202,7 @@ def gram(setup: Setup, batches: Sequence[Assigned], seed: int) -> Tensor:
 def test_rows_depend_on_seed_and_batch_index_and_not_on_the_order(
     narrow: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "MIN_ROWS", 4)
+    monkeypatch.setattr(observer_room, "MIN_ROWS", 4)
     batches = pieces([Call((values(40, 24, seed=seed),), {}) for seed in range(3)])
     first = gram(narrow, batches, seed=0)
     assert torch.equal(gram(narrow, batches, seed=0), first)
@@ -212,23 +215,23 @@ def test_rows_depend_on_seed_and_batch_index_and_not_on_the_order(
 
 def test_every_tap_draws_rows_of_its_own(narrow: Setup) -> None:
     tap = next(iter(narrow.table.taps.values()))
-    recorder = room._Recorder(0)
+    recorder = Recorder(0)
     recorder.start(0, None)
     taps = [Tap(name, tap.node, 24) for name in ("x", "y")]
-    observers = [room.TapObserver(tap, FrequentDirections(24), 6, recorder) for tap in taps]
-    total = 40 * room.MIN_ROWS
+    observers = [TapObserver(tap, FrequentDirections(24), 6, recorder) for tap in taps]
+    total = 40 * observer_room.MIN_ROWS
     chosen = [observer._sample(total, None) for observer in observers]
-    assert all(rows.numel() == 10 * room.MIN_ROWS == len(set(rows.tolist())) for rows in chosen)
+    assert all(rows.numel() == 10 * observer_room.MIN_ROWS == len(set(rows.tolist())) for rows in chosen)
     assert not torch.equal(*chosen)
 
 
 def test_only_real_rows_are_sampled(narrow: Setup) -> None:
-    recorder = room._Recorder(0)
+    recorder = Recorder(0)
     tap = next(iter(narrow.table.taps.values()))
-    observer = room.TapObserver(tap, FrequentDirections(24), 6, recorder)
-    mask = torch.arange(8 * room.MIN_ROWS) % 2 == 0
+    observer = TapObserver(tap, FrequentDirections(24), 6, recorder)
+    mask = torch.arange(8 * observer_room.MIN_ROWS) % 2 == 0
     rows = observer._sample(mask.numel(), mask)
-    assert rows.numel() == 2 * room.MIN_ROWS
+    assert rows.numel() == 2 * observer_room.MIN_ROWS
     assert bool(mask[rows].all())
 
 

@@ -20,10 +20,11 @@ from lowrank_fx.compare import ErrorSum
 from lowrank_fx.effects import EffectCurve, SiteCurves, error_curves, joint_error, measure_effects
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import Factors
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.rewrite import factorize
-from lowrank_fx.sites import Site, SiteTable, find_sites
+from lowrank_fx.sites import Site, SiteTable
 
 
 class Mixed(nn.Module):

@@ -14,7 +14,8 @@ from torch import Tensor
 from lowrank_fx import forms
 from lowrank_fx.errors import OptionError
 from lowrank_fx.forms import FORMS, Channel, ErrorCurve, LowRank, forms_for, relative
-from lowrank_fx.sites import Patch, Site, SiteCall
+from lowrank_fx.patches import Patch
+from lowrank_fx.sites import Site, SiteCall
 from lowrank_fx.sketch import FrequentDirections
 
 # All of it is float64, and an error is the root of a difference of energies: 1e-16 of an energy is 1e-8 of a norm.

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = (
     *("errors", "_env", "_progress", "_files"),
     *("linalg", "sketch", "cost", "allocate"),
-    *("sites", "forms", "targets", "plan", "batches", "compare"),
-    "capture",
+    *("patches", "sites", "forms", "targets", "plan", "batches", "compare"),
+    *("signature", "capture", "graph_sites", "observer"),
     *("passes", "passes.verify", "passes.edit", "passes.base"),
     *("passes.fold_constants", "passes.fold_batchnorm"),
     "passes.observe_taps",

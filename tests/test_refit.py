@@ -14,11 +14,12 @@ from lowrank_fx.calibrate import CachedBatch, calibrate
 from lowrank_fx.capture import capture
 from lowrank_fx.effects import SiteCurves, error_curves, joint_error, substitutes
 from lowrank_fx.forms import Factors
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.refit import refit
 from lowrank_fx.rewrite import factorize
-from lowrank_fx.sites import Site, SiteTable, find_sites
+from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.walk import Walk
 
 Factored = dict[str, tuple[Site, Factors]]

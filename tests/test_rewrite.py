@@ -10,10 +10,11 @@ from torch.fx import Graph, GraphModule
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.rewrite import copy_graph_module, factorize, fold
-from lowrank_fx.sites import Site, find_sites
+from lowrank_fx.sites import Site
 from lowrank_fx.testing import assert_equivalent
 
 IMAGE = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(5))

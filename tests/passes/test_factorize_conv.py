@@ -12,10 +12,11 @@ from torch.fx import GraphModule
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.forms import Factors
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes.base import PassManager, Refusal
 from lowrank_fx.passes.factorize_conv import FactorizeConv
 from lowrank_fx.passes.factorize_linear import FactorizeLinear
-from lowrank_fx.sites import Site, find_sites
+from lowrank_fx.sites import Site
 from lowrank_fx.testing import assert_equivalent, graph_text, run_pass
 
 # A pair of full rank is the layer itself, but for two roundings to float32 and sums of at most 3 * 49 products: 5e-7

@@ -14,12 +14,13 @@ from torch.fx import GraphModule
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.forms import Factors
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager, Refusal
 from lowrank_fx.passes.edit import call_node
 from lowrank_fx.passes.fold_factors import FoldFactors
 from lowrank_fx.rewrite import factorize, fold
-from lowrank_fx.sites import Site, find_sites
+from lowrank_fx.sites import Site
 from lowrank_fx.testing import assert_equivalent, graph_text, run_pass
 
 aten = torch.ops.aten

@@ -12,9 +12,10 @@ from torch.fx import GraphModule
 
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes.base import PassManager, Refusal
 from lowrank_fx.passes.observe_taps import ObserveTaps
-from lowrank_fx.sites import Tap, find_sites
+from lowrank_fx.sites import Tap
 from lowrank_fx.testing import graph_text, run_pass
 
 

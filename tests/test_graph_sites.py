@@ -16,9 +16,11 @@ from torch.fx import GraphModule
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.errors import OptionError
+from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
-from lowrank_fx.sites import LeftAlone, Patch, Site, SiteTable, Tap, find_sites
+from lowrank_fx.patches import Patch
+from lowrank_fx.sites import LeftAlone, Site, SiteTable, Tap
 
 
 def generator(seed: int = 0) -> torch.Generator:

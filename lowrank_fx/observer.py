@@ -1,0 +1,121 @@
+"""What sketches a tap while a batch runs, and how large each tap's sketch may be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_fx.errors import CalibrationError
+from lowrank_fx.sites import Tap
+from lowrank_fx.sketch import FrequentDirections
+
+MIN_ROWS = 1024
+"""Rows a tap may always keep of a batch, however narrow the layers behind it."""
+
+MIN_SKETCH = 256
+"""The least size of a sketch that is not asked for."""
+
+
+def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[str, int | None]:
+    """The sketch size of every tap: None (exact) while all states together fit ``memory``.
+
+    Then the widest taps move to Frequent Directions first; taps of one width move together, so that the sketches of a
+    weight that is applied twice can be merged. Their size comes from an equal share of what the exact taps leave of the
+    memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``MIN_SKETCH``. Taps of at most twice
+    that width stay exact, because no sketch of them would be smaller. ``memory`` is exceeded only where the least sizes
+    do not fit.
+    """
+    widths = {tap.name: tap.width for tap in taps}
+    if forced is not None:
+        return dict.fromkeys(widths, forced)
+    counts = Counter(widths.values())
+    wide = sorted((width for width in counts if width > 2 * MIN_SKETCH), reverse=True)
+    sizes: dict[int, int] = {}
+    for moved in range(len(wide) + 1):
+        sketched = wide[:moved]
+        left = memory - sum(8 * width**2 * count for width, count in counts.items() if width not in sketched)
+        for position, width in enumerate(sketched):
+            # Widest first: what its least size takes beyond an equal share is missing in the shares of the others.
+            sharing = sum(counts[other] for other in sketched[position:])
+            sizes[width] = max(MIN_SKETCH, left // sharing // (16 * width))
+            left -= 16 * width * sizes[width] * counts[width]
+        if left >= 0:
+            break
+    return {name: sizes.get(width) for name, width in widths.items()}
+
+
+class TapObserver(nn.Module):
+    """Sketches the rows of one tap; inserted behind the tap's node.
+
+    Args:
+        tap: what is observed.
+        sketch: where the rows go.
+        fan_out: sum of the output features of the layers behind the tap.
+        recorder: knows the batch's index and padding mask.
+    """
+
+    _is_impure = True
+
+    def __init__(self, tap: Tap, sketch: FrequentDirections, fan_out: int, recorder: Recorder) -> None:
+        super().__init__()
+        self.tap = tap
+        self.sketch = sketch
+        self.fan_out = fan_out
+        self.recorder = recorder
+        self.first_rows: int | None = None
+        self.layers = ""
+
+    def forward(self, activation: Tensor) -> None:
+        """Sketch a sample of the activation's rows."""
+        patch = self.tap.patch
+        total = activation.numel() // max(self.tap.width, 1) if patch is None else patch.rows(activation)
+        if self.first_rows is None:
+            self.first_rows = total
+        index = self._sample(total, self._mask(activation, total))
+        index = index.to(activation.device)
+        if patch is None:
+            rows = activation.reshape(-1, self.tap.width)
+            rows = rows if index.numel() == total else rows[index]
+        else:
+            rows = patch.extract(activation, index)
+        try:
+            self.sketch.update(rows)
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {self.recorder.index}: the input of {self.layers}: {error}") from error
+
+    def _mask(self, activation: Tensor, total: int) -> Tensor | None:
+        mask = self.recorder.mask
+        if mask is None or self.tap.patch is not None:
+            return None
+        whole = activation.dim() >= 3 and activation.shape[:2] == mask.shape and total == mask.numel()
+        flat = activation.dim() == 2 and total == mask.numel()
+        return mask if whole or flat else None
+
+    def _sample(self, total: int, mask: Tensor | None) -> Tensor:
+        """Which rows to keep: all real ones, or as many as cost no more FLOPs than the layers behind the tap."""
+        real = torch.arange(total) if mask is None else mask.reshape(-1).cpu().nonzero().squeeze(1)
+        cap = max(MIN_ROWS, total * self.fan_out // max(self.tap.width, 1))
+        if real.numel() <= cap:
+            return real
+        key = f"{self.recorder.seed}/{self.recorder.index}/{self.tap.name}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+        chosen = torch.randperm(real.numel(), generator=generator)[:cap]
+        return real[chosen.sort().values]
+
+
+class Recorder:
+    """What observers know of the batch that is running."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.index = -1
+        self.mask: Tensor | None = None
+
+    def start(self, index: int, mask: Tensor | None) -> None:
+        """The batch that runs next: its position in the loader and its padding mask."""
+        self.index = index
+        self.mask = mask

@@ -1,0 +1,69 @@
+"""The im2col geometry of a convolution: how a patch of its input becomes a row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The im2col geometry of a convolution over one, two or three dimensions of space.
+
+    Attributes:
+        kernel: the kernel's size, per dimension.
+        stride: step between output positions.
+        padding: zeros before and after, per dimension: ((top, bottom), (left, right)) for an image.
+        dilation: step between the kernel's own positions.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """The geometry in short: ``k3x3 s1x1 p1,1,1,1 d1x1``."""
+        kernel, stride, dilation = ("x".join(map(str, sizes)) for sizes in (self.kernel, self.stride, self.dilation))
+        sides = ",".join(str(amount) for side in self.padding for amount in side)
+        return f"k{kernel} s{stride} p{sides} d{dilation}"
+
+    def positions(self, *space: int) -> tuple[int, ...]:
+        """The output's size in space, for an input of the size ``space``."""
+        return tuple(
+            (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                space, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+    def rows(self, activation: Tensor) -> int:
+        """How many patches ``activation``, ``[batch, channels, *space]``, has."""
+        return activation.shape[0] * math.prod(self.positions(*activation.shape[2:]))
+
+    def extract(self, activation: Tensor, index: Tensor) -> Tensor:
+        """The patches at the flat output positions ``index``, without building all of them.
+
+        Args:
+            activation: ``[batch, channels, *space]``.
+            index: int64 ``[n]``, positions in ``batch x`` the output's space, row-major.
+
+        Returns:
+            ``[n, channels * kernel positions]``, ordered as a convolution weight flattened from dim 1.
+        """
+        sides = [amount for side in reversed(self.padding) for amount in side]
+        padded = F.pad(activation, sides) if any(sides) else activation
+        dims = len(self.kernel)
+        places = list(torch.unravel_index(index, (activation.shape[0], *self.positions(*activation.shape[2:]))))
+        picks = [places[0].view(-1, *[1] * dims)]
+        for axis in range(dims):
+            own = torch.arange(self.kernel[axis], device=activation.device) * self.dilation[axis]
+            start = places[axis + 1] * self.stride[axis]
+            offsets = own.view(*[-1 if other == axis else 1 for other in range(dims)])
+            picks.append(start.view(-1, *[1] * dims) + offsets)
+        picked = padded.movedim(1, -1)[tuple(picks)]
+        return picked.movedim(-1, 1).flatten(1)
