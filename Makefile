@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench zoo lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -21,6 +21,9 @@ test: $(VENV)/.stamp-test  ## run the tests, without those marked slow
 bench: $(VENV)/.stamp-demo  ## measure accuracy and the cost of calibration, into benchmarks/results
 	$(VENV)/bin/python benchmarks/bench_accuracy.py
 	$(VENV)/bin/python benchmarks/bench_calibration.py
+
+zoo: $(VENV)/.stamp-test  ## check every architecture of the zoo, into benchmarks/results
+	$(VENV)/bin/python benchmarks/bench_zoo.py
 
 lint: $(VENV)/.stamp-lint  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

@@ -31,20 +31,18 @@ from unittest.mock import patch
 import common
 import torch
 from common import Batch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from lowrank_fx import Keep
 from lowrank_fx import session as planning
 from lowrank_fx.batches import Assigned, Call, assign_calls, bind_batch, bound_calls
-from lowrank_fx.calibrate import CachedBatch, Calibration, calibrate
-from lowrank_fx.capture import Captured, capture
+from lowrank_fx.calibration import Calibration, blank
+from lowrank_fx.calibration_run import run_calibration
+from lowrank_fx.capture import capture
 from lowrank_fx.demo import load_encoder
 from lowrank_fx.effects import error_curves, joint_error, measure_effects
-from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import paired_speedup
-from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import by_effect
 from lowrank_fx.refit import refit
@@ -103,15 +101,16 @@ def main() -> None:
 class Prepared:
     """A model up to where calibration starts."""
 
-    captured: Captured
+    model: nn.Module
+    program: GraphProgram
     table: SiteTable
     bind: Callable[[Any, int], Call]
 
     def calibrate(self, batches: Sequence[Batch]) -> Calibration:
         """Calibrate as ``optimize`` does by default."""
         pieces: Iterator[Assigned] = assign_calls(bound_calls(batches, self.bind))
-        graph_module, calls = self.captured.graph_module, self.captured.calls
-        return calibrate(graph_module, calls, self.table, pieces, progress=False)
+        start = blank(self.program, self.table, self.model, self.bind(batches[0], 0))
+        return run_calibration(self.program, self.table, pieces, start, progress=False)
 
 
 def prepare(model: nn.Module, batches: Sequence[Batch]) -> Prepared:
@@ -121,9 +120,8 @@ def prepare(model: nn.Module, batches: Sequence[Batch]) -> Prepared:
     def bind(batch: Any, index: int) -> Call:
         return bind_batch(batch, signature, None, index)
 
-    captured = capture(model, bind(batches[0], 0))
-    PassManager(order.cleanup()).run(captured.graph_module)
-    return Prepared(captured, find_sites(captured.graph_module, ()), bind)
+    program = GraphProgram.from_capture(capture(model, bind(batches[0], 0)))
+    return Prepared(model, program, program.find_sites(), bind)
 
 
 def plain_passes(model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -145,21 +143,19 @@ def stages(model: nn.Module, batches: Sequence[Batch], after: Callable[[str], No
     after("capture, clean-up, sites")
     calibration = prepared.calibrate(batches)
     after("calibrate")
-    graph_module, table = prepared.captured.graph_module, prepared.table
-    curves = error_curves(graph_module, table, calibration, None, progress=False)
+    program, table = prepared.program, prepared.table
+    curves = error_curves(program, table, calibration, None, progress=False)
     after("error curves")
-    effects = measure_effects(graph_module, curves, calibration, progress=False)
+    effects = measure_effects(program, curves, calibration, progress=False)
     after("effects")
     return Session(
         model=model,
-        graph_module=graph_module,
-        calls=prepared.captured.calls,
+        program=program,
         table=table,
         calibration=calibration,
         curves=curves,
         effects=effects,
         planner="budget",
-        cleanup=(),
         notes=(),
         params=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -324,13 +320,8 @@ def peaks(data: Path, what: str) -> dict[str, float]:
     cached = (*calibration.effect_batches, *calibration.select_batches, *calibration.report_batches)
     return found | {
         "sketches": calibration.state_bytes / MIB,
-        "cached batches": sum(map(_nbytes, cached)) / MIB,
+        "cached batches": sum(batch.nbytes for batch in cached) / MIB,
     }
-
-
-def _nbytes(batch: CachedBatch) -> int:
-    leaves = [*batch.call.tensors(), *pytree.tree_leaves(batch.reference)]
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
 
 if __name__ == "__main__":

@@ -10,29 +10,37 @@ torch.Size([16, 8])
 
 from __future__ import annotations
 
-from lowrank_fx.errors import (
-    CalibrationError,
-    CallError,
-    CaptureError,
-    LowRankError,
-    OptionError,
-    PassError,
-    PlanError,
-    StorageError,
-    TargetError,
-)
-from lowrank_fx.module import LowRankModule
-from lowrank_fx.pipeline import load, optimize
-from lowrank_fx.plan import Plan, SitePlan
-from lowrank_fx.report import Report
-from lowrank_fx.targets import Keep, Tolerance
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowrank_fx.calibration import Calibration
+    from lowrank_fx.comparison import Comparison, compare_models
+    from lowrank_fx.errors import (
+        CalibrationError,
+        CallError,
+        CaptureError,
+        LowRankError,
+        OptionError,
+        PassError,
+        PlanError,
+        StorageError,
+        TargetError,
+    )
+    from lowrank_fx.module import LowRankModule
+    from lowrank_fx.pipeline import calibrate, load, optimize
+    from lowrank_fx.plan import Plan, SitePlan
+    from lowrank_fx.report import Report
+    from lowrank_fx.targets import Keep, Tolerance
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CalibrationError",
     "CallError",
     "CaptureError",
+    "Comparison",
     "Keep",
     "LowRankError",
     "LowRankModule",
@@ -45,6 +53,33 @@ __all__ = [
     "StorageError",
     "TargetError",
     "Tolerance",
+    "calibrate",
+    "compare_models",
     "load",
     "optimize",
 ]
+
+# Imported on first use: the command line answers --help and completes words without waiting for torch.
+_HOMES = {
+    "calibration": ("Calibration",),
+    "comparison": ("Comparison", "compare_models"),
+    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "module": ("LowRankModule",),
+    "pipeline": ("calibrate", "load", "optimize"),
+    "plan": ("Plan", "SitePlan"),
+    "report": ("Report",),
+    "targets": ("Keep", "Tolerance"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"lowrank_fx.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

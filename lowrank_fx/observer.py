@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_fx.errors import CalibrationError
+from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.sites import Tap
-from lowrank_fx.sketch import FrequentDirections
 
 MIN_ROWS = 1024
 """Rows a tap may always keep of a batch, however narrow the layers behind it."""
@@ -27,12 +27,15 @@ def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[s
     weight that is applied twice can be merged. Their size comes from an equal share of what the exact taps leave of the
     memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``MIN_SKETCH``. Taps of at most twice
     that width stay exact, because no sketch of them would be smaller. ``memory`` is exceeded only where the least sizes
-    do not fit.
+    do not fit. A tap of g groups counts as g taps of the width of one group.
     """
-    widths = {tap.name: tap.width for tap in taps}
+    taps = list(taps)
+    widths = {tap.name: tap.width // tap.groups for tap in taps}
     if forced is not None:
         return dict.fromkeys(widths, forced)
-    counts = Counter(widths.values())
+    counts: Counter[int] = Counter()
+    for tap in taps:
+        counts[widths[tap.name]] += tap.groups
     wide = sorted((width for width in counts if width > 2 * MIN_SKETCH), reverse=True)
     sizes: dict[int, int] = {}
     for moved in range(len(wide) + 1):
@@ -49,7 +52,7 @@ def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[s
 
 
 class TapObserver(nn.Module):
-    """Sketches the rows of one tap; inserted behind the tap's node.
+    """Sketches the rows of one tap; inserted in front of the tap's first reader.
 
     Args:
         tap: what is observed.
@@ -60,7 +63,7 @@ class TapObserver(nn.Module):
 
     _is_impure = True
 
-    def __init__(self, tap: Tap, sketch: FrequentDirections, fan_out: int, recorder: Recorder) -> None:
+    def __init__(self, tap: Tap, sketch: Sketch, fan_out: int, recorder: Recorder) -> None:
         super().__init__()
         self.tap = tap
         self.sketch = sketch
@@ -72,38 +75,51 @@ class TapObserver(nn.Module):
     def forward(self, activation: Tensor) -> None:
         """Sketch a sample of the activation's rows."""
         patch = self.tap.patch
-        total = activation.numel() // max(self.tap.width, 1) if patch is None else patch.rows(activation)
-        if self.first_rows is None:
-            self.first_rows = total
-        index = self._sample(total, self._mask(activation, total))
-        index = index.to(activation.device)
+        if activation.layout is not torch.strided:
+            activation = activation.to_dense()
         if patch is None:
-            rows = activation.reshape(-1, self.tap.width)
+            laid_out = self._lay_out(activation)
+            total = laid_out.shape[:-1].numel()
+            index = self._sample(total, self._mask(laid_out.shape[:-1])).to(activation.device)
+            rows = laid_out.reshape(-1, self.tap.width)
             rows = rows if index.numel() == total else rows[index]
         else:
-            rows = patch.extract(activation, index)
+            total = patch.rows(activation)
+            rows = patch.extract(activation, self._sample(total, None).to(activation.device))
+        if self.first_rows is None:
+            self.first_rows = total
         try:
             self.sketch.update(rows)
         except CalibrationError as error:
             raise CalibrationError(f"batch {self.recorder.index}: the input of {self.layers}: {error}") from error
 
-    def _mask(self, activation: Tensor, total: int) -> Tensor | None:
+    def _lay_out(self, activation: Tensor) -> Tensor:
+        """The activation as ``[..., width]``: the groups of ``[..., groups, n, d]`` lie beside each other in a row."""
+        groups = self.tap.groups
+        if groups == 1:
+            return activation
+        # An activation without groups of its own meets the matrix of each.
+        apart = activation.expand(*activation.shape[:-3], groups, *activation.shape[-2:])
+        return apart.movedim(-3, -2).flatten(-2)
+
+    def _mask(self, places: torch.Size) -> Tensor | None:
+        """The padding mask, where the rows' places are its tokens."""
         mask = self.recorder.mask
-        if mask is None or self.tap.patch is not None:
+        if mask is not None and places == mask.shape[:1]:
+            return mask.any(1)  # one row per sequence: pooled
+        if mask is None or places.numel() != mask.numel():
             return None
-        whole = activation.dim() >= 3 and activation.shape[:2] == mask.shape and total == mask.numel()
-        flat = activation.dim() == 2 and total == mask.numel()
-        return mask if whole or flat else None
+        return mask if places[:2] == mask.shape or len(places) == 1 else None
 
     def _sample(self, total: int, mask: Tensor | None) -> Tensor:
         """Which rows to keep: all real ones, or as many as cost no more FLOPs than the layers behind the tap."""
-        real = torch.arange(total) if mask is None else mask.reshape(-1).cpu().nonzero().squeeze(1)
+        real = torch.arange(total, device="cpu") if mask is None else mask.reshape(-1).cpu().nonzero().squeeze(1)
         cap = max(MIN_ROWS, total * self.fan_out // max(self.tap.width, 1))
         if real.numel() <= cap:
             return real
         key = f"{self.recorder.seed}/{self.recorder.index}/{self.tap.name}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
-        chosen = torch.randperm(real.numel(), generator=generator)[:cap]
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+        chosen = torch.randperm(real.numel(), generator=generator, device="cpu")[:cap]
         return real[chosen.sort().values]
 
 

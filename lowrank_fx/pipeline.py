@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import nn
 
 from lowrank_fx import storage
+from lowrank_fx._ambient import settled
+from lowrank_fx.batch_runs import random_note, rehearse
 from lowrank_fx.batches import Call, assign_calls, bind_batch, bound_calls
-from lowrank_fx.calibrate import calibrate
-from lowrank_fx.capture import capture, device_of, unwrap
+from lowrank_fx.calibration import Calibration, blank
+from lowrank_fx.calibration_run import Checkpoint, run_calibration
+from lowrank_fx.capture import capture as capture_graph
+from lowrank_fx.capture import device_of, unwrap
 from lowrank_fx.effects import error_curves, measure_effects
-from lowrank_fx.errors import CalibrationError, OptionError
+from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
 from lowrank_fx.forms import FORMS
-from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.module import LowRankModule, build
-from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager
 from lowrank_fx.planners import planner as find_planner
+from lowrank_fx.program import Program
+from lowrank_fx.refusal import ExportError
 from lowrank_fx.session import Session
+from lowrank_fx.sites import SiteTable
 from lowrank_fx.targets import Target, Tolerance, check_target
+from lowrank_fx.tree_program import TreeProgram
+
+Capture: TypeAlias = Literal["auto", "export", "modules"]
 
 
 def optimize(
     model: nn.Module,
-    calib_loader: Iterable[Any],
+    calib_loader: Iterable[Any] | Calibration,
     *,
     target: Target = Tolerance(0.1),
     skip: Sequence[str] = (),
@@ -39,9 +48,11 @@ def optimize(
     holdout: float = 0.2,
     compile: bool = True,
     copy: bool = True,
+    capture: Capture = "auto",
     sketch_size: int | None = None,
     sketch_memory: int | str = "256MiB",
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> LowRankModule:
     """Make a trained model smaller and faster by factoring its linear and convolution layers.
@@ -51,6 +62,7 @@ def optimize(
         calib_loader: any iterable of batches, read once. A mapping gives keyword arguments (keys that ``forward`` does
             not take are dropped), a tensor is the one argument, a tuple or list is positional and cut to what
             ``forward`` requires. About every fifth batch is held out to choose the plan and to report its error.
+            Or a :class:`~lowrank_fx.calibration.Calibration` of this model, as :func:`calibrate` returns it.
         target: ``Tolerance(error)``, ``Keep(params=share)`` or ``Keep(flops=share)``.
         skip: patterns of layers to leave alone, such as ``"*.pooler.*"``.
         planner: ``"budget"`` (the default: measured effects, the best of several allocations), ``"energy"`` or
@@ -60,9 +72,13 @@ def optimize(
         holdout: share of the batches that is held out, in (0, 0.5].
         compile: run the result through ``torch.compile`` (inductor), and measure it against the compiled original.
         copy: the result owns all of its tensors; False shares those that are not factored with ``model``.
+        capture: ``"export"`` takes the model as a graph, by ``torch.export``; ``"modules"`` as its tree of modules,
+            whose own Python keeps running; ``"auto"`` as a graph, and as a tree where that is refused or would fix the
+            batch size.
         sketch_size: force Frequent Directions sketches of this many rows on every tap.
         sketch_memory: bytes that all sketches may hold while they stay exact, such as ``"256MiB"``.
         seed: chooses which rows are sampled. The same seed, model and data give the same plan, byte for byte.
+        checkpoint: a folder that keeps the state of calibration; see :func:`calibrate`.
         progress: show progress bars for work over two seconds.
 
     Returns:
@@ -73,57 +89,207 @@ def optimize(
         CalibrationError: the loader or its batches cannot be used.
         TargetError: the target cannot be reached; the message names the smallest reachable value.
         OptionError: an option has a value that is not legal.
+        StorageError: the checkpoint cannot be written, is damaged, or is of another run.
     """
     check_target(target)
     find_planner(planner)
-    memory = parse_bytes(sketch_memory)
-    patterns = _check_names("skip", skip)
     for name in _check_names("forms", forms or ()):
         if name not in FORMS:
             raise OptionError(f"forms={list(forms or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
     inner = unwrap(model)
-    signature = inspect.signature(inner.forward)
+    calibrating: dict[str, Any] = {
+        "forward_args": forward_args,
+        "holdout": holdout,
+        "sketch_size": sketch_size,
+        "sketch_memory": sketch_memory,
+        "seed": seed,
+        "checkpoint": checkpoint,
+    }
+    with settled(device_of(inner)) as remarks:
+        if isinstance(calib_loader, Calibration):
+            for name, value in calibrating.items():
+                if value != inspect.signature(optimize).parameters[name].default:
+                    raise OptionError(f"{name}={value!r} has no effect on a calibration that is done; leave it out")
+            program, table, calibration = _adopt(inner, calib_loader, capture, skip)
+        else:
+            program, table, calibration = _calibrate(
+                inner, calib_loader, **calibrating, capture=capture, skip=skip, shard=None, progress=progress
+            )
+        curves = error_curves(program, table, calibration, forms, progress)
+        session = Session(
+            model=inner,
+            program=program,
+            table=table,
+            calibration=calibration,
+            curves=curves,
+            effects=measure_effects(program, curves, calibration, progress),
+            planner=planner,
+            notes=(*remarks, *program.notes, *calibration.notes, *random_note(program, calibration.select_batches[0])),
+            params=sum(parameter.numel() for parameter in inner.parameters()),
+        )
+        return build(session, target, None, compile=compile, clone=copy)
+
+
+def calibrate(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    *,
+    forward_args: Callable[[Any], Any] | None = None,
+    holdout: float = 0.2,
+    capture: Capture = "auto",
+    skip: Sequence[str] = (),
+    sketch_size: int | None = None,
+    sketch_memory: int | str = "256MiB",
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: tuple[int, int] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Run the calibration batches through a model, and return what planning needs to know of them.
+
+    ``optimize(model, loader)`` is ``optimize(model, calibrate(model, loader))``. Apart from each other, the two may run
+    in different processes (``save`` and ``load`` of the calibration are in between), and the batches may be divided
+    among several machines.
+
+    Args:
+        model: a trained ``nn.Module``; handed back exactly as it was.
+        calib_loader: any iterable of batches, read once; see :func:`optimize`.
+        forward_args: a function from a batch to the arguments of ``forward``.
+        holdout: share of the batches that is held out, in (0, 0.5].
+        capture: ``"auto"``, ``"export"`` or ``"modules"``; see :func:`optimize`.
+        skip: patterns of layers to leave alone. Planning may leave out more, but not fewer.
+        sketch_size: force Frequent Directions sketches of this many rows on every tap.
+        sketch_memory: bytes that all sketches may hold while they stay exact.
+        seed: chooses which rows are sampled.
+        checkpoint: a folder where the state is kept while the batches run: after the first, after the last, and about
+            every 30 seconds in between. The same call goes on from there after an interruption, bit by bit as if there
+            had been none: the loader is read again, which must give the same batches in the same order, but those that
+            were seen are not run. A finished checkpoint is returned without running any.
+        shard: ``(i, n)`` runs only the batches whose position in the loader leaves i when divided by n. Each shard
+            reads the whole loader, so that all agree on what is held out. :meth:`Calibration.merge` puts them together.
+        progress: show a progress bar for work over two seconds.
+
+    Raises:
+        CaptureError: the model cannot be captured as a graph.
+        CalibrationError: the loader or its batches cannot be used, or are not those of the interrupted run.
+        OptionError: an option has a value that is not legal.
+        StorageError: the checkpoint cannot be written, is damaged, or is of another run.
+    """
+    inner = unwrap(model)
+    with settled(device_of(inner)):
+        return _calibrate(
+            inner,
+            calib_loader,
+            forward_args=forward_args,
+            holdout=holdout,
+            capture=capture,
+            skip=skip,
+            sketch_size=sketch_size,
+            sketch_memory=sketch_memory,
+            seed=seed,
+            checkpoint=checkpoint,
+            shard=shard,
+            progress=progress,
+        ).calibration
+
+
+class _Calibrated(NamedTuple):
+    program: Program
+    table: SiteTable
+    calibration: Calibration
+
+
+def _calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    forward_args: Callable[[Any], Any] | None,
+    holdout: float,
+    capture: Capture,
+    skip: Sequence[str],
+    sketch_size: int | None,
+    sketch_memory: int | str,
+    seed: int,
+    checkpoint: str | os.PathLike[str] | None,
+    shard: tuple[int, int] | None,
+    progress: bool,
+) -> _Calibrated:
+    """Capture a model with the loader's first batch, and calibrate it with all of them."""
+    memory = parse_bytes(sketch_memory)
+    patterns = _check_names("skip", skip)
+    part = _check_shard(shard)
+    signature = inspect.signature(model.forward)
 
     def bind(batch: Any, index: int) -> Call:
         return bind_batch(batch, signature, forward_args, index)
 
-    incoming = bound_calls(calib_loader, bind)
+    incoming = bound_calls(loader, bind)
     first = next(incoming, None)
     if first is None:
         raise CalibrationError(
             "the loader gave no batch; pass an iterable of batches that has not been read to its end"
         )
     pieces = assign_calls(itertools.chain([first], incoming), holdout)
-    device = device_of(inner)
-    captured = capture(inner, first[1].to(device))
-    cleanup = PassManager(order.cleanup()).run(captured.graph_module)
-    table = find_sites(captured.graph_module, patterns)
-    calibration = calibrate(
-        captured.graph_module,
-        captured.calls,
+    example = first[1].to(device_of(model))
+    rehearse(model, example)
+    program = take(model, example, capture)
+    table = program.find_sites(patterns)
+    state = blank(
+        program,
         table,
-        pieces,
+        model,
+        first[1],
         sketch_size=sketch_size,
         sketch_memory=memory,
         seed=seed,
-        batches=_length(calib_loader),
-        progress=progress,
+        holdout=holdout,
+        shard=part,
     )
-    curves = error_curves(captured.graph_module, table, calibration, forms, progress)
-    session = Session(
-        model=inner,
-        graph_module=captured.graph_module,
-        calls=captured.calls,
-        table=table,
-        calibration=calibration,
-        curves=curves,
-        effects=measure_effects(captured.graph_module, curves, calibration, progress),
-        planner=planner,
-        cleanup=tuple(change for _, result in cleanup for change in result.changes),
-        notes=captured.notes + calibration.notes,
-        params=sum(parameter.numel() for parameter in inner.parameters()),
-    )
-    return build(session, target, None, compile=compile, clone=copy)
+    keeper = None if checkpoint is None else Checkpoint(checkpoint)
+    if keeper is not None:
+        state = keeper.resume(state)
+    batches = _length(loader)
+    done = run_calibration(program, table, pieces, state, checkpoint=keeper, batches=batches, progress=progress)
+    return _Calibrated(program, table, done)
+
+
+def _adopt(model: nn.Module, calibration: Calibration, capture: Capture, skip: Sequence[str]) -> _Calibrated:
+    """Capture a model as it was when it was calibrated."""
+    calibration.check_model(model)
+    program = take(model, calibration.example.to(device_of(model)), capture)
+    table = program.find_sites(_check_names("skip", skip))
+    calibration.check_taps(program, table)
+    return _Calibrated(program, table, calibration.to(program.device))
+
+
+def take(model: nn.Module, call: Call, capture: Capture = "auto") -> Program:
+    """Capture a model, one way or the other.
+
+    Args:
+        model: the model, unwrapped.
+        call: an example call.
+        capture: see :func:`optimize`.
+
+    Raises:
+        CaptureError: the model cannot be captured that way.
+        OptionError: ``capture`` is not a legal value.
+    """
+    if capture not in get_args(Capture):
+        raise OptionError(f"capture={capture!r}: the legal values are {', '.join(map(repr, get_args(Capture)))}")
+    if capture == "modules":
+        return TreeProgram.from_model(model)
+    try:
+        captured = capture_graph(model, call)
+    except CaptureError as error:
+        if capture == "export":
+            raise
+        cause = error.cause if isinstance(error, ExportError) else str(error)
+        return TreeProgram.from_model(model, (f"taken as a tree of modules, because {cause}",))
+    if capture == "auto" and not captured.dynamic:
+        reason = "taken as a tree of modules, because torch.export can capture it for one batch size only"
+        with contextlib.suppress(CaptureError):  # an exported graph has no tree, and a copy may be refused
+            return TreeProgram.from_model(model, (reason,))
+    return GraphProgram.from_capture(captured)
 
 
 def load(
@@ -142,7 +308,8 @@ def load(
     """
     inner = unwrap(model)
     call = None if example is None else bind_batch(example, inspect.signature(inner.forward))
-    return LowRankModule(storage.load(inner, folder, call), None, compile=compile)
+    with settled(device_of(inner)):
+        return LowRankModule(storage.load(inner, folder, call), None, compile=compile)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -168,6 +335,18 @@ def _check_names(option: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
     return tuple(names)
+
+
+def _check_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
+    if shard is None:
+        return 0, 1
+    try:
+        index, count = shard
+        if type(index) is int and type(count) is int and 0 <= index < count:
+            return index, count
+    except (TypeError, ValueError):
+        pass
+    raise OptionError(f"shard={shard!r}: give (i, n) with 0 <= i < n, such as (0, 4) for the first of four")
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from lowrank_fx.calibrate import CachedBatch
-from lowrank_fx.effects import substitutes
+from lowrank_fx.cache import CachedBatch
 from lowrank_fx.forms import Factors
+from lowrank_fx.graph_program import substitutes
 from lowrank_fx.sites import Site
 from lowrank_fx.walk import Walk
 
@@ -72,6 +72,8 @@ def refit(
 
 def _fit(gm: GraphModule, site: Site, factors: Factors, wanted: Tensor, actual: Tensor) -> Factors:
     """Factors whose output is the least-squares fit of ``wanted`` on ``actual``, both float64 ``[rows, out]``."""
+    if not wanted.shape[0]:
+        return factors
     if factors.shift is None:
         if site.biases:
             # A bias that other sites share stays as it is, so it takes no part in the fit.
@@ -84,20 +86,20 @@ def _fit(gm: GraphModule, site: Site, factors: Factors, wanted: Tensor, actual: 
         covariance = ((wanted - wanted_mean) * (actual - actual_mean)).mean(0)
     varies = variance > MIN_VARIANCE * variance.max()
     scale = torch.where(varies, covariance / torch.where(varies, variance, 1.0), 1.0)
-    shape = (-1, *[1] * (factors.factor_out.dim() - 1))
-    factor_out = (factors.factor_out.double() * scale.view(shape)).to(factors.factor_out.dtype)
     shift = None
     if factors.shift is not None:
         bias = gm.get_parameter(site.biases[0]).detach().double()
         shift = scale * (bias + factors.shift) + wanted_mean - scale * actual_mean - bias
-    return Factors(factors.factor_in, factor_out, shift)
+    return factors.scaled(scale, shift)
 
 
 def _rows(site: Site, outputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
     """The outputs of a site in several batches as float64 rows, padding left out."""
     rows = []
     for value, mask in zip(outputs, masks, strict=True):
-        if site.kind != "linear":
+        if site.kind == "bmm" and site.groups > 1:
+            value = value.movedim(-3, -2).flatten(-2)
+        if site.patch is not None:
             value = value.movedim(1, -1)
         elif mask is not None and value.dim() >= 3 and value.shape[:2] == mask.shape:
             value = value[mask]

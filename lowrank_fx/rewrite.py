@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from lowrank_fx._env import max_rewrites
+from lowrank_fx._memory import memory_of
 from lowrank_fx.errors import PassError
 from lowrank_fx.forms import Factors
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
+from lowrank_fx.passes.untie_embeddings import retie
 from lowrank_fx.sites import Site
 
 
@@ -27,19 +29,24 @@ def copy_graph_module(gm: GraphModule, *, clone: bool) -> GraphModule:
     copied = GraphModule(gm, _copy_graph(gm.graph), class_name=type(gm).__name__)
     if not clone:
         return copied
-    clones: dict[int, Tensor] = {}
-    for module in copied.modules():
-        for name, parameter in list(module._parameters.items()):
+    own_tensors(copied)
+    return copied
+
+
+def own_tensors(module: nn.Module) -> None:
+    """Give a module tensors of its own; what shares its memory under several names is one tensor after."""
+    clones: dict[object, Tensor] = {}
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
             if parameter is not None:
-                new = clones.get(id(parameter))
+                new = clones.get(memory_of(parameter))
                 if new is None:
                     new = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                    clones[id(parameter)] = new
-                module._parameters[name] = new  # type: ignore[assignment]
-        for name, buffer in list(module._buffers.items()):
+                    clones[memory_of(parameter)] = new
+                part._parameters[name] = new  # type: ignore[assignment]
+        for name, buffer in list(part._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
-    return copied
+                part._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
 
 
 def _copy_graph(graph: Graph) -> Graph:
@@ -66,7 +73,10 @@ def factorize(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], *, 
     # Weights that are about to be replaced are not cloned first: the passes delete them.
     rewritten = copy_graph_module(gm, clone=False)
     PassManager(order.rewriting(factored)).run(rewritten)
-    return copy_graph_module(rewritten, clone=True) if clone else rewritten
+    if clone:
+        return copy_graph_module(rewritten, clone=True)
+    retie(rewritten)  # a head that stayed dense is its embedding again
+    return rewritten
 
 
 def fold(gm: GraphModule, sites: Mapping[str, Site]) -> GraphModule:

@@ -1,6 +1,6 @@
 """What one calibration makes possible: a plan, and the factors for it, for any target, in seconds.
 
-A session owns the clean captured graph, the sketches' error curves and the measured effects. It
+A session owns the captured model, the sketches' error curves and the measured effects. It
 shares the model's weights, which therefore have to stay as they are.
 """
 
@@ -14,27 +14,27 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from lowrank_fx import cost
-from lowrank_fx.calibrate import Calibration
+from lowrank_fx._ambient import seeded, settled
+from lowrank_fx.calibration import Calibration
 from lowrank_fx.effects import EffectCurve, SiteCurves, joint_error
 from lowrank_fx.errors import TargetError
-from lowrank_fx.forms import DENSE, Factors, relative
+from lowrank_fx.forms import DENSE, FORMS, Factors, apply_blocks, dense_flops, dense_params, relative
+from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.plan import Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
 from lowrank_fx.planners.problem import Option, Pick, Problem
+from lowrank_fx.program import Program
 from lowrank_fx.refit import refit
-from lowrank_fx.rewrite import copy_graph_module
-from lowrank_fx.signature import CallSignature
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import Keep, Quantity, Target, Tolerance
 
 CURVE_POINTS = 9
 """Points of the trade-off curve, dense included."""
 
-Factored = dict[str, tuple[Site, Factors]]
+Chosen = dict[str, tuple[Site, Factors]]
 
 
 @dataclass
@@ -43,27 +43,23 @@ class Session:
 
     Attributes:
         model: the user's model, for measuring against it.
-        graph_module: the clean captured graph.
-        calls: how it is called.
+        program: the captured model, clean.
         table: its sites and taps.
         calibration: sketches, rows, FLOPs, cached batches.
         curves: error curves by site name.
         effects: measured effects by (site name, form name).
         planner: the planner's name.
-        cleanup: what was folded before sites were found.
         notes: what the user should know.
         params: number of parameters of the user's model.
     """
 
     model: nn.Module
-    graph_module: GraphModule
-    calls: CallSignature
+    program: Program
     table: SiteTable
     calibration: Calibration
     curves: Mapping[str, SiteCurves]
     effects: Mapping[tuple[str, str], EffectCurve]
     planner: str
-    cleanup: tuple[str, ...]
     notes: tuple[str, ...]
     params: int
     _problem: Problem | None = field(default=None, repr=False)
@@ -76,18 +72,22 @@ class Session:
             self._problem = Problem({site.name: self._options(site) for site in self.table.sites})
         return self._problem
 
-    def plan(self, target: Target) -> tuple[Plan, Factored]:
+    def plan(self, target: Target) -> tuple[Plan, Chosen]:
         """The plan for ``target``, and the factors of every site it factors.
 
         Raises:
             TargetError: the target cannot be reached; the message names the smallest reachable value.
         """
+        with settled(self.program.device):
+            return self._plan(target)
+
+    def _plan(self, target: Target) -> tuple[Plan, Chosen]:
         batches = self.calibration.select_batches
         errors: dict[Pick, float] = {}
 
         def evaluate(pick: Pick) -> float:
             if pick not in errors:
-                errors[pick] = joint_error(self.graph_module, self._factor(pick), batches)
+                errors[pick] = joint_error(self.program, self._factor(pick), batches)
             return errors[pick]
 
         allocators = planner(self.planner)
@@ -135,15 +135,14 @@ class Session:
     # ---- the problem ---------------------------------------------------------------------------------------------
 
     def _options(self, site: Site) -> tuple[Option, ...]:
-        shape = (site.out_features, site.in_features)
         rows = self.calibration.rows_of(site)
-        options = [Option(DENSE, None, cost.dense_params(*shape), cost.dense_flops(*shape, rows), 0.0, 0.0)]
+        options = [Option(DENSE, None, dense_params(site), dense_flops(site, rows), 0.0, 0.0)]
         entry = self.curves.get(site.name)
         for form, curve in entry.forms.items() if entry is not None else ():
             effect = self.effects[site.name, form]
             for rank in curve.ranks:
                 error = curve.error(rank)
-                params, flops = cost.pair_params(*shape, rank), cost.pair_flops(*shape, rank, rows)
+                params, flops = FORMS[form].params(site, rank), FORMS[form].flops(site, rank, rows)
                 options.append(Option(form, rank, params, flops, error, effect.at(error)))
         return tuple(options)
 
@@ -152,9 +151,7 @@ class Session:
         dense = self.problem.cost(self.problem.dense, quantity)
         if quantity == "flops":
             return self.calibration.flops - dense
-        # A copy holds only what the graph reads, as the result will.
-        read = copy_graph_module(self.graph_module, clone=False)
-        return sum(parameter.numel() for parameter in read.parameters()) - dense
+        return self.program.params() - dense
 
     def _before(self, quantity: Quantity) -> int:
         return self.calibration.flops if quantity == "flops" else self.params
@@ -177,14 +174,15 @@ class Session:
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
-    def _finish(self, target: Target, quantity: Quantity, outcome: Outcome) -> tuple[Plan, Factored]:
+    def _finish(self, target: Target, quantity: Quantity, outcome: Outcome) -> tuple[Plan, Chosen]:
         if not math.isfinite(outcome.error):
             raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
         factored = self._factor(outcome.pick)
         candidate, select_error, candidates = outcome.candidate, outcome.error, outcome.candidates
-        if factored:
-            refitted = refit(self.graph_module, factored, self.calibration.effect_batches)
-            refit_error = joint_error(self.graph_module, refitted, self.calibration.select_batches)
+        if factored and isinstance(self.program, GraphProgram):  # a module tree cannot be stopped between its layers
+            with seeded(self.program.device):
+                refitted = refit(self.program.module, factored, self.calibration.effect_batches)
+            refit_error = joint_error(self.program, refitted, self.calibration.select_batches)
             candidates = (*candidates, (f"{candidate}, refitted", refit_error))
             if refit_error < select_error:
                 factored, candidate, select_error = refitted, f"{candidate}, refitted", refit_error
@@ -211,7 +209,7 @@ class Session:
                     reason="" if option.rank is not None else self._why_dense(site, target, quantity),
                 )
             )
-        report_error = joint_error(self.graph_module, factored, self.calibration.report_batches)
+        report_error = joint_error(self.program, factored, self.calibration.report_batches)
         plan = Plan(
             target=target,
             planner=self.planner,
@@ -219,7 +217,7 @@ class Session:
             seed=self.calibration.seed,
             sites=tuple(sites),
             left_alone=self.table.left_alone,
-            cleanup=self.cleanup,
+            cleanup=self.program.cleanup,
             notes=self.notes,
             totals=self._totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
@@ -230,7 +228,7 @@ class Session:
         )
         return plan, factored
 
-    def _factor(self, pick: Pick) -> Factored:
+    def _factor(self, pick: Pick) -> Chosen:
         """The factors of every site that a pick factors."""
         return {
             name: (self.curves[name].site, self.curves[name].factors(form, rank))
@@ -250,19 +248,22 @@ class Session:
         least, most = sketch.certificate(residual, centered=site.centered)
         offset = 0.0
         if factors.shift is not None:
-            offset = sketch.rows * float((residual @ sketch.mean - factors.shift).square().sum())
+            moved = apply_blocks(residual, sketch.mean, site.groups) - factors.shift
+            offset = sketch.rows * float(moved.square().sum())
         energy = sketch.certificate(matrix, centered=site.centered)[0]
         return relative(least + offset, energy), relative(most + offset, energy)
 
     def _why_dense(self, site: Site, target: Target, quantity: Quantity) -> str:
-        if self.calibration.rows_of(site) == 0:
+        if self.calibration.sketch_of(self.table, site) is None:
             return "calibration never reached it"
         options = self.problem.options[site.name][1:]
         if not options:
-            break_even = cost.break_even_rank(site.out_features, site.in_features)
+            break_even = cost.break_even_rank(site.out_features, site.in_features, site.groups)
             return f"no rank is on offer below its break-even rank {break_even:g}, or its form is not allowed"
         best = max(options, key=lambda option: option.cost(quantity))
         dense = self.problem.options[site.name][0].cost(quantity)
+        if site.tied and quantity == "params":
+            return "an embedding needs the same weight, so factoring it adds parameters"
         saved = 1 - best.cost(quantity) / dense if dense else 0.0
         return (
             f"{target} is met without it; rank {best.rank} would save {saved:.0%} of its {quantity} "

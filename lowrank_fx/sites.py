@@ -60,7 +60,7 @@ class Site:
         kind: ``"linear"``, ``"conv1d"``, ``"conv2d"``, ``"conv3d"``, or ``"bmm"`` (a matrix per group, ``[groups, in,
             out]``).
         weight: fully qualified name of the weight.
-        transposed: the weight is stored ``[in, out]`` (Hugging Face ``Conv1D``, ``x @ w``).
+        transposed: the weight is stored ``[in, out]`` (Hugging Face ``Conv1D``, ``x @ w``, each matrix of ``"bmm"``).
         out_features: rows of the weight as a matrix, m (those of all groups).
         in_features: columns of the weight as a matrix, d (for a convolution in one patch; of one group).
         shape: the weight's own shape.
@@ -93,11 +93,15 @@ class Site:
         return tuple(dict.fromkeys(call.bias for call in self.calls if call.bias is not None))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as a matrix ``[out_features, in_features]`` (a view)."""
+        """The weight as a matrix ``[out_features, in_features]``; group j owns the j-th block of its rows."""
+        if self.kind == "bmm":
+            return weight.mT.reshape(self.out_features, self.in_features)
         return weight.t() if self.transposed else weight.flatten(1)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
-        """A matrix ``[out_features, in_features]`` in the weight's own shape."""
+        """A matrix ``[out_features, in_features]`` in the weight's own shape, contiguous."""
+        if self.kind == "bmm":
+            return matrix.reshape(self.groups, -1, self.in_features).mT.contiguous()
         return matrix.t().contiguous() if self.transposed else matrix.reshape(self.shape)
 
     def attribute(self, leaf: str) -> str:

@@ -87,16 +87,35 @@ def _panels(side: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + width, side)) for start in range(0, side, width))
 
 
-def _magnitude(rows: Tensor) -> float:
-    """The largest absolute value of rows [n, d], n at least 1.
+def checked_rows(rows: Tensor, dim: int, groups: int, device: torch.device) -> tuple[Tensor, list[float]]:
+    """Rows that a sketch can take in, and the largest absolute value in each of their equal parts.
+
+    Args:
+        rows: [n, dim] of any floating dtype on any device; n may be 0.
+        dim: the length that a row has to have.
+        groups: into how many parts a row divides.
+        device: where the sketch lives.
+
+    Returns:
+        The rows on ``device`` in float32, or float64 where they came so; and ``groups`` magnitudes, none for no rows.
 
     Raises:
-        CalibrationError: a value is NaN, infinite, or 2^480 and above.
+        CalibrationError: the shape or dtype is wrong, or a value is NaN, infinite, or 2^480 and above.
     """
-    low, high = torch.stack([rows.amin(0).amin(), rows.amax(0).amax()]).tolist()
-    magnitude = max(-low, high)
-    if not math.isnan(low) and magnitude < _LARGEST:
-        return float(magnitude)
+    if rows.ndim != 2 or rows.shape[1] != dim or not rows.is_floating_point():
+        raise CalibrationError(
+            f"a sketch of dim {dim} was given {rows.dtype} rows of shape {tuple(rows.shape)}; "
+            f"it takes floating rows of shape (n, {dim})"
+        )
+    rows = rows.detach().to(device)
+    if rows.dtype != torch.float64:
+        rows = rows.to(torch.float32)
+    if rows.shape[0] == 0:
+        return rows, []
+    low, high = torch.stack([rows.amin(0).view(groups, -1).amin(1), rows.amax(0).view(groups, -1).amax(1)]).tolist()
+    magnitudes = [max(-least, most) for least, most in zip(low, high, strict=True)]
+    if not any(math.isnan(least) for least in low) and max(magnitudes) < _LARGEST:
+        return rows, magnitudes
     bad = torch.nonzero(~(rows.abs() < _LARGEST))
     row, column = bad[0].tolist()
     raise CalibrationError(
@@ -108,7 +127,7 @@ def _magnitude(rows: Tensor) -> float:
 def _probes(dim: int) -> Tensor:
     """The Gaussian probes [d, _PROBES] in float64: the same for every sketch of this dim, so that sketches merge."""
     generator = torch.Generator().manual_seed(dim)
-    return torch.randn(dim, _PROBES, generator=generator, dtype=torch.float64)
+    return torch.randn(dim, _PROBES, generator=generator, dtype=torch.float64, device="cpu")
 
 
 @contextlib.contextmanager
@@ -200,7 +219,7 @@ class FrequentDirections:
         else:
             self._matrix = self._zeros(0, dim)
             self._energies = self._zeros(0)
-            self._buffer = torch.zeros(0, dim, device=self.device)
+            self._buffer = torch.zeros(0, dim, dtype=torch.float32, device=self.device)
             self._buffered = 0
 
     def __repr__(self) -> str:
@@ -241,7 +260,12 @@ class FrequentDirections:
     @property
     def nbytes(self) -> int:
         """Bytes of the state and the buffer."""
-        return sum(part.numel() * part.element_size() for part in self._parts())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    @property
+    def parts(self) -> tuple[FrequentDirections, ...]:
+        """The sketches of a row's independent parts: here one, of the whole row."""
+        return (self,)
 
     def update(self, rows: Tensor) -> None:
         """Take in rows.
@@ -254,17 +278,17 @@ class FrequentDirections:
         Raises:
             CalibrationError: the shape or dtype is wrong, or a value is NaN, infinite, or 2^480 and above.
         """
-        if rows.ndim != 2 or rows.shape[1] != self.dim or not rows.is_floating_point():
-            raise CalibrationError(
-                f"a sketch of dim {self.dim} was given {rows.dtype} rows of shape {tuple(rows.shape)}; "
-                f"it takes floating rows of shape (n, {self.dim})"
-            )
-        if rows.shape[0] == 0:
-            return
-        rows = rows.detach().to(self.device)
-        if rows.dtype != torch.float64:
-            rows = rows.to(torch.float32)
-        magnitude = _magnitude(rows)
+        rows, magnitudes = checked_rows(rows, self.dim, 1, self.device)
+        if magnitudes:
+            self.take_in(rows, magnitudes[0])
+
+    def take_in(self, rows: Tensor, magnitude: float) -> None:
+        """Take in rows that :func:`checked_rows` has checked.
+
+        Args:
+            rows: [n, d], float32 or float64, on the sketch's device; n at least 1.
+            magnitude: their largest absolute value.
+        """
         if self.size is None:
             for block in torch.split(rows, _BLOCK_ROWS):
                 self._join_block(block, magnitude)
@@ -297,7 +321,7 @@ class FrequentDirections:
         if self.dim != other.dim or self.size != other.size:
             raise CalibrationError(f"cannot merge {other!r} into {self!r}; dim and size must be the same")
         if other is self:
-            other = FrequentDirections.from_state_dict(self.state_dict(), self.device)
+            other = self.copy()
         theirs = other._total._replace(mean=other._total.mean.to(self.device))
         if self.size is None:
             total, shift, rounding = _join(self._total, theirs)
@@ -378,6 +402,10 @@ class FrequentDirections:
         rho = self._rho(state, centered)
         return max(0.0, energy - rho * weight), max(0.0, energy + (self._delta + rho) * weight)
 
+    def copy(self) -> FrequentDirections:
+        """A sketch of the same rows that shares no storage with this one."""
+        return FrequentDirections.from_state_dict(self.state_dict(), self.device)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as tensors that share no storage with the sketch.
 
@@ -437,7 +465,7 @@ class FrequentDirections:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def _parts(self) -> tuple[Tensor, ...]:
+    def _tensors(self) -> tuple[Tensor, ...]:
         if self.size is None:
             return self._gram, self._probed, self._probes, self._total.mean
         return self._matrix, self._buffer, self._energies, self._total.mean

@@ -17,21 +17,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from lowrank_fx._files import read_json, sha256_file, sha256_tensor, write_atomic
+from lowrank_fx._files import read_json, sha256_file, write_atomic
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture, device_of
 from lowrank_fx.errors import LowRankError, PlanError, StorageError
+from lowrank_fx.fingerprint import BaseWeight, base_weights
 from lowrank_fx.forms import FORMS, Factors
-from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import PairedTiming
-from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager
 from lowrank_fx.plan import Plan
-from lowrank_fx.rewrite import factorize, fold
-from lowrank_fx.signature import CallSignature
+from lowrank_fx.program import Program
 from lowrank_fx.sites import Site
+from lowrank_fx.tree_program import TreeProgram
 
 FORMAT = 1
 PLAN_FILE = "plan.json"
@@ -40,22 +38,12 @@ WEIGHTS_PATTERN = f"model-{'[0-9a-f]' * 16}.safetensors"
 """Names of our own weight files; a sharded checkpoint's ``model-00001-of-00002.safetensors`` is the user's."""
 
 
-@dataclass(frozen=True)
-class BaseWeight:
-    """One tensor of the model that a plan was made for."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: str
-
-
 @dataclass
 class Artifact:
     """An optimized model, plainly: what is kept, saved and loaded.
 
     Attributes:
-        graph_module: the factored (or folded) graph.
-        calls: how it is called.
+        program: the factored (or folded) model.
         plan: the plan it was rewritten by.
         sites: the sites that are factored, by name.
         base: the tensors of the user's model when the plan was made, by name.
@@ -63,22 +51,12 @@ class Artifact:
         folded: the pairs have been multiplied back into dense operators.
     """
 
-    graph_module: GraphModule
-    calls: CallSignature
+    program: Program
     plan: Plan
     sites: Mapping[str, Site]
     base: Mapping[str, BaseWeight]
     timing: PairedTiming | None = None
     folded: bool = False
-
-
-def base_weights(model: nn.Module) -> dict[str, BaseWeight]:
-    """Shape, dtype and checksum of every tensor in the model's state dict."""
-    return {
-        name: BaseWeight(tuple(tensor.shape), str(tensor.dtype), sha256_tensor(tensor))
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
 
 
 def save(artifact: Artifact, folder: str | os.PathLike[str]) -> None:
@@ -91,12 +69,15 @@ def save(artifact: Artifact, folder: str | os.PathLike[str]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         old = set(root.glob(WEIGHTS_PATTERN))
-        weights = _write_weights(artifact.graph_module, root)
+        program = artifact.program
+        calls = program.calls if isinstance(program, GraphProgram) else None
+        weights = _write_weights(program.module, root)
         data = {
             "format": FORMAT,
             "plan": json.loads(artifact.plan.to_json()),
-            "call": _encode((list(artifact.calls.example.args), artifact.calls.example.kwargs)),
-            "ignored": sorted(artifact.calls.ignored),
+            "capture": program.way,
+            "call": None if calls is None else _encode((list(calls.example.args), calls.example.kwargs)),
+            "ignored": [] if calls is None else sorted(calls.ignored),
             "weights": {"file": weights.name, "sha256": sha256_file(weights)},
             "base": {name: asdict(entry) for name, entry in artifact.base.items()},
             "timing": None if artifact.timing is None else asdict(artifact.timing),
@@ -131,6 +112,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
         }
         weights, folded = data["weights"], bool(data["folded"])
         ignored = frozenset(str(name) for name in data["ignored"])
+        way = data["capture"]
+        if way not in ("export", "modules"):
+            raise ValueError(f"capture is {way!r}")
         stored_call = _decode(data["call"]) if example is None else None
         path = root / _plain_name(weights["file"])
         checksum = weights["sha256"]
@@ -141,28 +125,29 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
         raise StorageError(f"{path}: the file that {PLAN_FILE} names is missing")
     if sha256_file(path) != checksum:
         raise StorageError(f"{path}: the file is damaged: its checksum is not the one in {PLAN_FILE}")
-    if example is None:
-        if stored_call is None:
-            raise StorageError(
-                f"{root}: the example inputs could not be stored; pass load(model, folder, example=batch)"
-            )
-        device = device_of(model)
-        example = Call(tuple(stored_call[0]), stored_call[1]).to(device)
-
-    captured = capture(model, example)
-    calls = replace(captured.calls, ignored=ignored | captured.calls.ignored)
-    clean = captured.graph_module
-    PassManager(order.cleanup()).run(clean)
+    program: Program
+    if way == "modules":
+        program = TreeProgram.from_model(model)
+    else:
+        if example is None:
+            if stored_call is None:
+                raise StorageError(
+                    f"{root}: the example inputs could not be stored; pass load(model, folder, example=batch)"
+                )
+            example = Call(tuple(stored_call[0]), stored_call[1]).to(device_of(model))
+        program = GraphProgram.from_capture(capture(model, example))
+        program.calls = replace(program.calls, ignored=ignored | program.calls.ignored)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{path}: not a safetensors file: {error}") from error
-    sites = _match_sites(root, clean, plan)
-    gm = factorize(clean, {name: (site, _empty_factors(clean, plan, site)) for name, site in sites.items()}, clone=True)
+    sites = _match_sites(root, program, plan)
+    empty = {name: (site, _empty_factors(program, plan, site)) for name, site in sites.items()}
+    program = program.factorize(empty, clone=True)
     if folded:
-        gm = fold(gm, sites)
-    _fill(path, gm, tensors)
-    return Artifact(gm, calls, plan, sites, base, timing, folded)
+        program = program.fold(sites)
+    _fill(path, program.module, tensors)
+    return Artifact(program, plan, sites, base, timing, folded)
 
 
 def read_plan(folder: str | os.PathLike[str], data: Any = None) -> tuple[Plan, PairedTiming | None]:
@@ -186,12 +171,12 @@ def read_plan(folder: str | os.PathLike[str], data: Any = None) -> tuple[Plan, P
     return plan, timing
 
 
-def _write_weights(gm: GraphModule, root: Path) -> Path:
+def _write_weights(module: nn.Module, root: Path) -> Path:
     """Write the state dict, each tensor once, and name the file by its content."""
     tensors: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
-    for name, tensor in gm.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen[id(tensor)] = name
             tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
     temporary = root / f".model-{os.getpid()}.tmp"
@@ -206,9 +191,9 @@ def _write_weights(gm: GraphModule, root: Path) -> Path:
     return final
 
 
-def _fill(path: Path, gm: GraphModule, tensors: Mapping[str, Tensor]) -> None:
-    """Copy stored values into the graph's tensors, each one exactly once."""
-    own = gm.state_dict(keep_vars=True)
+def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy stored values into a module's tensors, each one exactly once."""
+    own = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     distinct: dict[int, str] = {}
     for name, tensor in own.items():
         distinct.setdefault(id(tensor), name)
@@ -247,8 +232,8 @@ def _check_base(root: Path, stored: Mapping[str, BaseWeight], actual: Mapping[st
             )
 
 
-def _match_sites(root: Path, gm: GraphModule, plan: Plan) -> dict[str, Site]:
-    table = {site.name: site for site in find_sites(gm).sites}
+def _match_sites(root: Path, program: Program, plan: Plan) -> dict[str, Site]:
+    table = {site.name: site for site in program.find_sites().sites}
     matched = {}
     for entry in plan.factored:
         site = table.get(entry.name)
@@ -263,14 +248,11 @@ def _match_sites(root: Path, gm: GraphModule, plan: Plan) -> dict[str, Site]:
     return matched
 
 
-def _empty_factors(gm: GraphModule, plan: Plan, site: Site) -> Factors:
+def _empty_factors(program: Program, plan: Plan, site: Site) -> Factors:
     """Factors of the planned shape; their values come from the file."""
     entry = next(entry for entry in plan.factored if entry.name == site.name)
     assert entry.rank is not None
-    weight = gm.get_parameter(site.weight)
-    empty = weight.new_zeros
-    shapes = empty(entry.rank, site.in_features), empty(site.out_features, entry.rank)
-    return Factors(*FORMS[entry.form].shaped(site, *shapes), None)
+    return FORMS[entry.form].blank(site, program.weight(site), entry.rank)
 
 
 def _plain_name(name: str) -> str:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from lowrank_fx.passes.verify import (
 )
 
 _ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
+# A module's second call appears in the module stack as "layer@1".
+_CALL_NUMBER = re.compile(r"@\d+")
 
 
 def _owner(gm: GraphModule, target: str) -> tuple[nn.Module, str]:
@@ -240,3 +243,9 @@ def copy_origin(source: Node, to: Node) -> None:
     for key in _ORIGIN_KEYS:
         if key in source.meta:
             to.meta[key] = source.meta[key]
+
+
+def module_of(node: Node) -> str:
+    """The FQN of the module whose ``forward`` a node comes from; empty for the model itself, or where that is lost."""
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return _CALL_NUMBER.sub("", paths[-1]) if paths else ""

@@ -37,7 +37,7 @@ class FactorizeLinear(Pass):
     """
 
     name = "factorize-linear"
-    kind = "linear"
+    kinds: tuple[str, ...] = ("linear",)
 
     def __init__(self, factored: Mapping[str, tuple[Site, Factors]]) -> None:
         self.factored = factored
@@ -48,7 +48,7 @@ class FactorizeLinear(Pass):
         changes: list[str] = []
         refusals: list[Refusal] = []
         for site, factors in self.factored.values():
-            if site.kind != self.kind:
+            if site.kind not in self.kinds:
                 continue
             missing = [call.node for call in site.calls if call.node not in nodes]
             if missing:
@@ -64,7 +64,9 @@ class FactorizeLinear(Pass):
                 node.replace_all_uses_with(pair)
                 gm.graph.erase_node(node)
                 pair.name = call.node
-            changes.append(f"{site.name} {site.out_features} x {site.in_features} factored at rank {factors.rank}")
+            shape = f"{site.out_features} x {site.in_features}"
+            each = f" in each of {site.groups} groups" if site.groups > 1 else ""
+            changes.append(f"{site.name} {shape} factored at rank {factors.rank}{each}")
         return PassResult(tuple(changes), tuple(refusals))
 
     def pair(self, gm: GraphModule, node: Node, names: tuple[str, str]) -> Node:
@@ -97,7 +99,7 @@ def operands(node: Node) -> tuple[Node, Node | None]:
     else:
         activation = node.args[0]
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        if node.target in (aten.mm.default, aten.matmul.default):
+        if node.target in (aten.mm.default, aten.matmul.default, aten.bmm.default):
             bias = None
     assert isinstance(activation, Node)
     return activation, bias if isinstance(bias, Node) else None

@@ -9,8 +9,9 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
+from lowrank_fx.forms import Factors
 from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
-from lowrank_fx.passes.edit import call_node, get_parameter, parameter_node, set_parameter, users_of_attr
+from lowrank_fx.passes.edit import call_node, free_name, get_parameter, parameter_node, set_parameter, users_of_attr
 from lowrank_fx.sites import Site
 
 aten = torch.ops.aten
@@ -19,17 +20,20 @@ aten = torch.ops.aten
 class FoldFactors(Pass):
     """Multiply a factored pair back into one dense operator, under the weight's own name.
 
+    Where something else took that name in the meantime (the weight was tied to an embedding), under the next free one.
+
     Before::
 
-        %inner  = linear(%x, %factor_in)                # or conv2d(%x, %factor_in, None, stride, padding, dilation)
-        %linear = linear(%inner, %factor_out, %bias)    # or conv2d(%inner, %factor_out, %bias)
+        %inner  = linear(%x, %factor_in)                # or conv2d(%x, %factor_in, None, stride, padding, dilation, g)
+        %linear = linear(%inner, %factor_out, %bias)    # or conv2d(%inner, %factor_out, %bias, groups=g); or bmm twice
 
     After::
 
         %linear = linear(%x, %weight, %bias)            # or addmm, matmul where the weight is stored [in, out],
-                                                        # or conv2d(%x, %weight, %bias, stride, padding, dilation)
+                                                        # or conv2d(%x, %weight, %bias, stride, padding, dilation, g)
 
-    Formula: ``weight = factor_out @ factor_in``, multiplied in float64 and rounded once to the factors' dtype.
+    Formula: ``weight = factor_out @ factor_in`` within each group, multiplied in float64 and rounded once to the
+    factors' dtype.
 
     Left alone when the pair is not in the graph, its middle value has another user, or something happens to that value
     between the two.
@@ -70,11 +74,12 @@ class FoldFactors(Pass):
 
     def _fold(self, gm: GraphModule, site: Site, names: tuple[str, str], inner: tuple[Node, ...]) -> None:
         first, second = (get_parameter(gm, name) for name in names)
-        matrix = second.detach().flatten(1).double() @ first.detach().flatten(1).double()
-        set_parameter(gm, site.weight, site.unmatrix(matrix).to(first.dtype), first.requires_grad)
+        factors = Factors(first.detach(), second.detach(), None, site.groups, stacked=site.kind == "bmm")
+        weight = free_name(gm, site.weight)
+        set_parameter(gm, weight, site.unmatrix(factors.dense_matrix()).to(first.dtype), first.requires_grad)
         for node in inner:
             outer = next(iter(node.users))
-            operator, arguments = _dense_call(gm, site, node, outer)
+            operator, arguments = _dense_call(gm, site, parameter_node(gm, weight, outer), node, outer)
             options = {key: value for key, value in node.kwargs.items() if key != "bias"}
             folded = call_node(gm, operator, arguments, options, like=outer, before=outer)
             name = outer.name
@@ -84,10 +89,11 @@ class FoldFactors(Pass):
             folded.name = name
 
 
-def _dense_call(gm: GraphModule, site: Site, inner: Node, outer: Node) -> tuple[OpOverload, tuple[Argument, ...]]:
+def _dense_call(
+    gm: GraphModule, site: Site, weight: Node, inner: Node, outer: Node
+) -> tuple[OpOverload, tuple[Argument, ...]]:
     activation = inner.args[0]
     bias = outer.args[2] if len(outer.args) > 2 else None
-    weight = parameter_node(gm, site.weight, outer)
     if site.kind == "linear" and site.transposed:
         # The weight keeps its own layout, [in, out], so that its values fit the model it came from.
         if bias is None:
@@ -98,7 +104,7 @@ def _dense_call(gm: GraphModule, site: Site, inner: Node, outer: Node) -> tuple[
         turned = call_node(gm, aten.t.default, (weight,), like=outer, before=outer)
         return aten.linear.default, (activation, turned, bias)
     assert isinstance(inner.target, OpOverload)
-    geometry = inner.args[3:6]
+    geometry = inner.args[3:]
     if bias is None and not geometry:
         return inner.target, (activation, weight)
     return inner.target, (activation, weight, bias, *geometry)

@@ -11,12 +11,15 @@ from torch import nn
 
 from lowrank_fx.forms import Factors
 from lowrank_fx.passes.base import Pass
+from lowrank_fx.passes.factorize_bmm import FactorizeBmm
 from lowrank_fx.passes.factorize_conv import FactorizeConv
 from lowrank_fx.passes.factorize_linear import FactorizeLinear
 from lowrank_fx.passes.fold_batchnorm import FoldBatchNorm
 from lowrank_fx.passes.fold_constants import FoldConstants
 from lowrank_fx.passes.fold_factors import FoldFactors
+from lowrank_fx.passes.lower_einsum import LowerEinsum
 from lowrank_fx.passes.observe_taps import ObserveTaps
+from lowrank_fx.passes.untie_embeddings import UntieEmbeddings
 from lowrank_fx.sites import Site, Tap
 
 
@@ -24,6 +27,8 @@ def cleanup() -> tuple[Pass, ...]:
     """What makes the captured graph plain, before sites are found."""
     return (
         FoldConstants(),  # first: a weight-normalised convolution is a parameter only after it
+        LowerEinsum(),  # after constants: the part of a packed weight that an einsum reads is a parameter only then
+        UntieEmbeddings(),  # after einsums: a head written as one is seen as a linear layer only then
         FoldBatchNorm(),  # before sites are found: the folded weight is the one to factor
     )
 
@@ -34,8 +39,8 @@ def observation(taps: Mapping[str, Tap], observers: Mapping[str, nn.Module]) -> 
 
 
 def rewriting(factored: Mapping[str, tuple[Site, Factors]]) -> tuple[Pass, ...]:
-    """What puts factored pairs in place; the two touch different nodes, so their order is free."""
-    return (FactorizeLinear(factored), FactorizeConv(factored))
+    """What puts factored pairs in place; they touch different nodes, so their order is free."""
+    return (FactorizeLinear(factored), FactorizeConv(factored), FactorizeBmm(factored))
 
 
 def folding(sites: Mapping[str, Site]) -> tuple[Pass, ...]:

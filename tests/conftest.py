@@ -8,8 +8,13 @@ from pathlib import Path
 
 import torch
 
+from lowrank_fx import latency
+
 # Set before any test imports lowrank_fx, and only where the caller did not choose: `LOWRANK_FX_CHECK=0 pytest` works.
 os.environ.setdefault("LOWRANK_FX_CHECK", "1")
+
+# What a timing says is not tested, only that there is one.
+latency.MAX_SECONDS = 0.5
 
 # Sums depend on how they are split over threads; a fixed small number makes tolerances mean the same everywhere.
 torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
+import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +35,12 @@ def plain(batch: Any, index: int) -> Call:
 
 IDS = torch.arange(12).reshape(3, 4)
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the first nested tensor of a process says that they are a prototype
+    NESTED = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)])
+    JAGGED = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
 
 
 class TestBinding:
@@ -69,6 +77,20 @@ class TestBinding:
     def test_what_is_not_a_matrix_is_no_padding_mask(self, mask: Any) -> None:
         assert bind({"input_ids": IDS, "attention_mask": mask}, text_forward).mask is None
 
+    @pytest.mark.parametrize(
+        "mask",
+        [MASK, MASK.bool(), MASK.float(), MASK.double(), torch.where(MASK == 0, -1e9, 0.0), MASK.to(torch.int8)],
+    )
+    def test_masks_of_every_kind_mean_the_same(self, mask: torch.Tensor) -> None:
+        found = bind({"input_ids": IDS, "attention_mask": mask}, text_forward).mask
+        assert found is not None
+        assert torch.equal(found, MASK.bool())
+
+    def test_a_mask_that_adds_nothing_to_scores_hides_nothing(self) -> None:
+        found = bind({"input_ids": IDS, "attention_mask": torch.zeros(3, 4)}, text_forward).mask
+        assert found is not None
+        assert bool(found.all())
+
     def test_mask_of_other_rows_is_left_out(self) -> None:
         batch = {"input_ids": IDS, "attention_mask": MASK}
         assert bind(batch, text_forward, lambda b: {"input_ids": b["input_ids"][:2]}).mask is None
@@ -83,6 +105,32 @@ class TestBinding:
         for batch in ((x, y), [x, y], pair(x, y)):
             assert bind(batch, image_forward).args == (x,)
         assert bind((x, y, y), pair_forward).args == (x, y)
+
+    def test_fields_that_name_what_forward_requires_become_keywords(self) -> None:
+        @dataclasses.dataclass
+        class Batch:
+            right: torch.Tensor
+            left: torch.Tensor
+            label: int = 0
+
+        pair = namedtuple("pair", ["right", "left", "scale"])
+        x, y = torch.zeros(2, 3), torch.ones(2, 3)
+        assert bind(Batch(x, y), pair_forward).kwargs == {"right": x, "left": y}
+        call = bind(pair(x, y, 2.0), pair_forward)
+        assert call.args == ()
+        assert set(call.kwargs) == {"right", "left", "scale"}
+
+    def test_a_dataclass_with_none_of_the_names_is_one_argument_torch_has_to_know(self) -> None:
+        @dataclasses.dataclass
+        class Hidden:
+            image: torch.Tensor
+
+        with pytest.raises(CalibrationError, match=r"batch 7 passes Hidden\(image: float32\[2, 3\]\).*register"):
+            bind(Hidden(torch.zeros(2, 3)), image_forward)
+        torch.export.register_dataclass(Hidden)
+        call = bind(Hidden(torch.zeros(2, 3)), image_forward)
+        assert call.batch_size == 2
+        assert call.rows(0, 1).args[0].image.shape == (1, 3)
 
     def test_at_least_one_positional_argument_is_kept(self) -> None:
         assert bind((IDS, MASK), text_forward).args == (IDS,)
@@ -127,6 +175,9 @@ class TestBindingErrors:
             ({"ids": IDS}, text_forward, ["ids: int64[3, 4]", "no tensor"]),
             (torch.tensor(1.0), image_forward, ["float32[]", "first dimension"]),
             ([], image_forward, ["list()", "'x'"]),
+            (NESTED, image_forward, ["holds a nested tensor", "attention_mask"]),
+            (JAGGED, image_forward, ["holds a nested tensor", "attention_mask"]),
+            ((UserDict({"x": IDS}),), image_forward, ["UserDict(x: int64[3, 4])", "turn the UserDict into a dict"]),
         ],
     )
     def test_message_says_what_came_and_what_was_expected(
@@ -159,6 +210,13 @@ class TestCall:
         assert part.kwargs["flag"] is True
         assert part.mask is not None
         assert torch.equal(part.mask, MASK[1:].bool())
+
+    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+    @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+    def test_rows_of_sparse_tensors(self, layout: torch.layout) -> None:
+        part = Call((IDS.float().to_sparse(layout=layout),), {}).rows(1, 3)
+        assert part.args[0].layout is layout
+        assert torch.equal(part.args[0].to_dense(), IDS[1:].float())
 
     def test_batch_size_is_the_most_common_first_dimension(self) -> None:
         assert Call((torch.zeros(5, 2), torch.zeros(3), torch.zeros(3, 1)), {}).batch_size == 3

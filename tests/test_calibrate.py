@@ -7,25 +7,20 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_fx import calibrate as room
+from lowrank_fx import cache as cache_room
 from lowrank_fx import observer as observer_room
 from lowrank_fx.batches import Assigned, Call, Role
-from lowrank_fx.calibrate import Calibration, calibrate, count_flops
-from lowrank_fx.capture import Captured, capture
+from lowrank_fx.calibration import Calibration, blank
+from lowrank_fx.calibration_run import run_calibration
+from lowrank_fx.capture import capture
 from lowrank_fx.effects import error_curves, measure_effects
 from lowrank_fx.errors import CalibrationError
-from lowrank_fx.graph_sites import find_sites
-from lowrank_fx.observer import Recorder, TapObserver, sketch_sizes
-from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager
-from lowrank_fx.sites import Site, SiteTable, Tap
-from lowrank_fx.sketch import FrequentDirections
+from lowrank_fx.graph_program import GraphProgram, count_flops
+from lowrank_fx.sites import Site, SiteTable
 
 
 class Block(nn.Module):
@@ -52,16 +47,17 @@ class Setup:
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model = model.eval()
-        self.captured: Captured = capture(self.model, call)
-        self.graph = self.captured.graph_module
-        PassManager(order.cleanup()).run(self.graph)
-        self.table: SiteTable = find_sites(self.graph)
+        self.example = call
+        self.program = GraphProgram.from_capture(capture(self.model, call))
+        self.graph = self.program.module
+        self.table: SiteTable = self.program.find_sites()
 
     def site(self, name: str) -> Site:
         return next(site for site in self.table.sites if site.name == name)
 
-    def calibrate(self, pieces: Sequence[Assigned], **options: int) -> Calibration:
-        return calibrate(self.graph, self.captured.calls, self.table, pieces, progress=False, **options)
+    def calibrate(self, pieces: Sequence[Assigned], *, sketch_size: int | None = None, seed: int = 0) -> Calibration:
+        start = blank(self.program, self.table, self.model, self.example, sketch_size=sketch_size, seed=seed)
+        return run_calibration(self.program, self.table, pieces, start, progress=False)
 
 
 def pieces(calls: Sequence[Call], role: Role = "calibrate") -> list[Assigned]:
@@ -89,7 +85,8 @@ def assert_statistics(calibration: Calibration, table: SiteTable, site: Site, ro
     assert sketch.rows == rows.shape[0]
     # The mean is summed in float64; the Gram in float32 products of at most 4096 rows (measured: below 3e-7).
     assert torch.allclose(sketch.mean, mean, rtol=0, atol=1e-12 * float(rows.abs().max()))
-    assert float((sketch.gram() - gram).norm()) <= 2e-6 * float(gram.trace())
+    (part,) = sketch.parts
+    assert float((part.gram() - gram).norm()) <= 2e-6 * float(gram.trace())
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +193,8 @@ def gram(setup: Setup, batches: Sequence[Assigned], seed: int) -> Tensor:
     (sketch,) = calibration.sketches.values()
     assert sketch.rows == 10 * len(batches)
     assert calibration.rows_of(setup.table.sites[0]) == 40
-    return sketch.gram()
+    (part,) = sketch.parts
+    return part.gram()
 
 
 def test_rows_depend_on_seed_and_batch_index_and_not_on_the_order(
@@ -213,28 +211,6 @@ def test_rows_depend_on_seed_and_batch_index_and_not_on_the_order(
     assert float((gram(narrow, moved, seed=0) - first).norm()) > 1e-2 * float(first.trace())
 
 
-def test_every_tap_draws_rows_of_its_own(narrow: Setup) -> None:
-    tap = next(iter(narrow.table.taps.values()))
-    recorder = Recorder(0)
-    recorder.start(0, None)
-    taps = [Tap(name, tap.node, 24) for name in ("x", "y")]
-    observers = [TapObserver(tap, FrequentDirections(24), 6, recorder) for tap in taps]
-    total = 40 * observer_room.MIN_ROWS
-    chosen = [observer._sample(total, None) for observer in observers]
-    assert all(rows.numel() == 10 * observer_room.MIN_ROWS == len(set(rows.tolist())) for rows in chosen)
-    assert not torch.equal(*chosen)
-
-
-def test_only_real_rows_are_sampled(narrow: Setup) -> None:
-    recorder = Recorder(0)
-    tap = next(iter(narrow.table.taps.values()))
-    observer = TapObserver(tap, FrequentDirections(24), 6, recorder)
-    mask = torch.arange(8 * observer_room.MIN_ROWS) % 2 == 0
-    rows = observer._sample(mask.numel(), mask)
-    assert rows.numel() == 2 * observer_room.MIN_ROWS
-    assert bool(mask[rows].all())
-
-
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +220,7 @@ def test_flops_count_layers_and_attention(block: Setup, masked: Calibration) -> 
     layers = 3 * tokens * width * width + tokens * width * 16 + 2 * tokens * 16 * 16
     attention = 2 * batch * 2 * length * length * 12  # q k^T and its product with v, two heads of 12
     assert masked.flops == 2 * (layers + attention)
-    assert masked.batches == 3
+    assert list(masked.pieces) == [(0, "calibrate"), (1, "calibrate"), (2, "calibrate")]
     call = masked_calls()[0]
     assert count_flops(block.graph, call) == masked.flops
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -344,7 +320,7 @@ def test_model_data_and_random_state_stay_as_they_were() -> None:
 
 def test_held_out_batches_over_the_cap_are_left_out_with_a_note(narrow: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_bytes = 4 * (40 * 24 + 40 * 6)
-    monkeypatch.setattr(room, "HOLDOUT_BYTES", 2 * batch_bytes)
+    monkeypatch.setattr(cache_room, "HOLDOUT_BYTES", 2 * batch_bytes)
     call = Call((values(40, 24),), {})
     roles: tuple[Role, ...] = ("calibrate", *("select",) * 5, "report")
     calibration = narrow.calibrate([Assigned(index, role, call) for index, role in enumerate(roles)])
@@ -355,60 +331,11 @@ def test_held_out_batches_over_the_cap_are_left_out_with_a_note(narrow: Setup, m
 # ---- sketch sizes ----------------------------------------------------------------------------------------------------
 
 
-def taps(*widths: int) -> list[Tap]:
-    return [Tap(f"t{position}", f"t{position}", width) for position, width in enumerate(widths)]
-
-
-def state_bytes(widths: Sequence[int], sizes: dict[str, int | None]) -> int:
-    chosen = zip(widths, sizes.values(), strict=True)
-    return sum(8 * width**2 if size is None else 16 * width * size for width, size in chosen)
-
-
-def test_all_taps_are_exact_while_they_fit() -> None:
-    widths = (400, 300, 1000)
-    memory = 8 * sum(width**2 for width in widths)
-    assert set(sketch_sizes(taps(*widths), None, memory).values()) == {None}
-    # One byte less: the widest is sketched, with all that the exact ones leave (500 rows would be as large as exact).
-    assert sketch_sizes(taps(*widths), None, memory - 1) == {"t0": None, "t1": None, "t2": 499}
-    assert sketch_sizes([], None, 1) == {}
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 12000), max_size=8), st.integers(1, 1 << 30))
-def test_the_widest_taps_are_sketched_first_and_all_fit_if_they_can(widths: list[int], memory: int) -> None:
-    sizes = sketch_sizes(taps(*widths), None, memory)
-    paired = list(zip(widths, sizes.values(), strict=True))
-    exact = [width for width, size in paired if size is None]
-    sketched = {width: size for width, size in paired if size is not None}
-    assert all(256 <= size < width / 2 for width, size in sketched.items())
-    wide = [width for width in exact if width > 512]
-    assert not sketched or not wide or min(sketched) > max(wide)
-    # Taps of one width are sketched alike, or a weight that is applied to two of them could not pool them.
-    assert all(size == sketched.get(width) for width, size in paired)
-    least = sum(min(8 * width**2, 16 * width * 256) for width in widths)
-    assert state_bytes(widths, sizes) <= max(memory, least)
-    # No more is sketched than has to be: with the narrowest of them exact, even the least sizes would not fit.
-    if sketched:
-        back = min(sketched)
-        others = sum(16 * width * 256 for width, size in paired if size is not None and width != back)
-        assert 8 * back**2 * widths.count(back) + others + 8 * sum(width**2 for width in exact) > memory
-
-
-def test_a_least_size_that_takes_more_than_its_share_leaves_less_to_the_others() -> None:
-    # 11008 needs 16 x 11008 x 256 bytes = 43 MiB of the 60; the rest is for the 3000.
-    assert sketch_sizes(taps(11008, 3000), None, 60 << 20) == {"t0": 256, "t1": 371}
-
-
-def test_sizes_have_a_floor_and_can_be_forced() -> None:
-    assert sketch_sizes(taps(5000, 512, 513), None, 1) == {"t0": 256, "t1": None, "t2": 256}
-    assert sketch_sizes(taps(5000, 100), 32, 1 << 40) == {"t0": 32, "t1": 32}
-
-
 def test_forced_sketches_offer_ranks_up_to_half_their_size(block: Setup) -> None:
     calibration = block.calibrate(pieces(masked_calls()), sketch_size=8)
     assert calibration.notes == ("4 of 4 taps are sketched, not exact: ranks there stop at half the sketch",)
     assert all(sketch.size == 8 for sketch in calibration.sketches.values())
-    curves = error_curves(block.graph, block.table, calibration, progress=False)
+    curves = error_curves(block.program, block.table, calibration, progress=False)
     assert set(curves) == {"q", "k", "v", "flat", "twice"}
     assert all(entry.forms["lowrank"].ranks == (1, 2, 3, 4) for entry in curves.values())
     # The rank-4 error of the sketch against the best there is, on the rows themselves: the loss of FD at l = 2 k.
@@ -420,4 +347,4 @@ def test_forced_sketches_offer_ranks_up_to_half_their_size(block: Setup) -> None
     achieved = float(((rows - rows.mean(0)) @ (weight - factors.dense_matrix()).T).norm() / centred.norm())
     assert best <= achieved * (1 + 1e-5)
     assert achieved <= 1.1 * best  # measured: 1.02 on these few, hardly decaying rows
-    assert len(measure_effects(block.graph, curves, calibration, progress=False)) == 5
+    assert len(measure_effects(block.program, curves, calibration, progress=False)) == 5

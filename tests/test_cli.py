@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_fx.cli import main
+from lowrank_fx.errors import LowRankError
 
 ZOO = """
 import torch
@@ -23,8 +25,15 @@ def make_model():
 model = make_model()
 batches = [torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) for i in range(10)]
 
+fresh = [torch.randn(16, 24, generator=torch.Generator().manual_seed(100 + i)) for i in range(3)]
+
 def make_loader():
     yield from batches
+
+def make_other():
+    other = make_model()
+    other[0].bias.data += 1
+    return other
 
 number = 3
 
@@ -68,6 +77,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["report"], "Missing argument 'DIR'."),
         (["optimize", "ZOO:model", "--data", "ZOO:batches"], "Missing option '--out' / '-o'."),
         (["optimize", "ZOO:model", "--data", "ZOO:batches", "--out", "o", "--seed", "x"], "Invalid value for '--seed'"),
+        (["demo", "zebra"], "Invalid value for 'name'"),
+        (["compare"], "Missing argument 'DIR'."),
+        (["compare", "nowhere"], "nowhere/plan.json could not be read: No such file or directory"),
         (["report", "nowhere"], "nowhere/plan.json could not be read: No such file or directory"),
     ],
 )
@@ -153,10 +165,11 @@ def test_an_interruption_is_no_traceback(
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        ([], ["demo", "optimize", "report", "--version", "--debug"]),
+        ([], ["demo", "optimize", "report", "compare", "--version", "--debug", "--install-completion"]),
         (["--help"], ["demo", "optimize", "report", "lowrank-fx demo"]),
         (["optimize", "-h"], ["MODULE:FACTORY", "--data", "--keep-flops", "Target (at most one)", "Example:"]),
-        (["demo", "--help"], ["--out", "demo_out", "lowrank_fx[demo]"]),
+        (["demo", "--help"], ["encoder", "digits", "--out", "demo_out", "lowrank_fx[demo]"]),
+        (["compare", "--help"], ["DIR", "--model", "MODULE:FACTORY", "--data", "MODULE:LOADER", "--html"]),
         (["report", "--help"], ["DIR", "--html"]),
     ],
 )
@@ -189,6 +202,63 @@ def test_python_m_runs_the_command(tmp_path: Path) -> None:
     ]
 
 
+def test_python_m_shows_the_help(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_fx", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "Usage: lowrank-fx" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        (["lowrank-fx", ""], ["demo", "optimize", "report", "compare"]),
+        (["lowrank-fx", "comp"], ["compare"]),
+        (["lowrank-fx", "demo", ""], ["encoder", "digits"]),
+        (["lowrank-fx", "optimize", "--of", "s"], ["sites"]),
+        (["lowrank-fx", "optimize", "--capture", ""], ["auto", "export", "modules"]),
+        (["lowrank-fx", "compare", "--mod"], ["--model"]),
+    ],
+)
+def test_bash_completes_commands_options_and_values(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], completions: list[str]
+) -> None:
+    monkeypatch.setenv("_LOWRANK_FX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.split() == completions
+
+
+def test_the_script_for_bash_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("_LOWRANK_FX_COMPLETE", "source_bash")
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    assert "_LOWRANK_FX_COMPLETE=complete_bash" in script
+    assert "complete -o default -F _lowrank_fx_completion lowrank-fx" in script
+    # --show-completion asks the process above for the shell; with this variable it takes the shell's name instead.
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_fx", "--show-completion", "bash"],
+        cwd=tmp_path,
+        env={
+            **{name: value for name, value in os.environ.items() if name != "_LOWRANK_FX_COMPLETE"},
+            "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == script.strip()
+    assert done.stderr == ""
+
+
 # ---- the way through -------------------------------------------------------------------------------------------------
 
 
@@ -215,3 +285,89 @@ def test_a_model_and_batches_may_be_given_as_they_are(zoo: str, capsys: pytest.C
     assert [site.name for site in plan.factored] == ["2"]
     assert [entry.name for entry in plan.left_alone] == ["0"]
     assert "skipped by the pattern '0'" in capsys.readouterr().out
+
+
+def test_the_way_of_capture_is_passed_on(
+    zoo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def optimize(*_: object, capture: str, **__: object) -> None:
+        given.append(capture)
+        raise LowRankError("enough")
+
+    monkeypatch.setattr("lowrank_fx.pipeline.optimize", optimize)
+    for options in ([], ["--capture", "modules"]):
+        assert fails(capsys, "optimize", f"{zoo}:model", "--data", f"{zoo}:batches", "--out", "o", *options)[0] == 2
+    assert given == ["auto", "modules"]
+
+
+# ---- compare ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(zoo: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The name of the module whose model was optimized into the folder ``out``."""
+    arguments = f"optimize {zoo}:make_model --data {zoo}:make_loader --keep-params 0.5 --of sites --no-compile"
+    assert main([*arguments.split(), "--no-progress", "--out", "out"]) == 0
+    capsys.readouterr()
+    return zoo
+
+
+def compares(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a comparison prints, without the line of its speed."""
+    assert main(["compare", "out", "--no-compile", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return "\n".join(line for line in captured.out.splitlines() if "as fast" not in line)
+
+
+def test_compare_needs_nothing_but_the_folder(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = compares(capsys, "--html", "page.html")
+    assert "160 rows in 10 batches" in said
+    assert "float32 16 x 32" in said
+    assert "These are the batches it was calibrated on; give --data others" in said
+    assert said.endswith("\npage.html shows this as a page.")
+    assert "Original against optimized" in Path("page.html").read_text("utf-8")
+
+
+def test_compare_takes_another_model_and_fresh_batches(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = compares(capsys, "--model", f"{saved}:model", "--data", f"{saved}:fresh")
+    assert "48 rows in 3 batches" in said
+    assert "calibrated on" not in said
+
+
+def test_compare_names_the_option_where_nothing_is_recorded(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out/origin.json").unlink()
+    options: list[str] = []
+    for option, value in (("--model MODULE:FACTORY", "model"), ("--data MODULE:LOADER", "fresh")):
+        code, said = fails(capsys, "compare", "out", *options)
+        assert (code, said) == (2, f"out has no origin.json that says what it was made from; give {option}")
+        options += [option.split()[0], f"{saved}:{value}"]
+    assert "48 rows in 3 batches" in compares(capsys, *options)
+
+
+def test_compare_names_the_option_where_the_name_means_nothing(
+    saved: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path("out").absolute()
+    origin = folder / "origin.json"
+    text = origin.read_text("utf-8")
+    origin.write_text(text.replace(f"{saved}:make_model", "gone:make_model"), "utf-8")
+    code, said = fails(capsys, "compare", "out")
+    assert code == 2
+    assert said.startswith("out/origin.json: model 'gone:make_model': no module 'gone' is in ")
+    assert said.endswith("; run this where DIR was made, or give --model MODULE:FACTORY")
+    origin.write_text(text.replace(f"{saved}:make_loader", f"{saved}:gone"), "utf-8")
+    code, said = fails(capsys, "compare", "out")
+    assert code == 2
+    assert said == (
+        f"out/origin.json: data '{saved}:gone': module '{saved}' has nothing called 'gone'; "
+        "run this where DIR was made, or give --data MODULE:LOADER"
+    )
+
+
+def test_compare_refuses_a_model_with_other_weights(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = fails(capsys, "compare", "out", "--model", f"{saved}:make_other")
+    assert code == 2
+    assert "has other values than the weights the plan was made for" in said

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_fx.compare import ErrorSum, floating_outputs, relative_error
+from lowrank_fx.compare import ErrorSum, check_outputs, floating_outputs, relative_error
 from lowrank_fx.errors import CalibrationError
 
 
@@ -35,7 +35,9 @@ def test_model_output_is_entered() -> None:
 
 
 def test_output_without_floating_tensors_is_an_error() -> None:
-    with pytest.raises(CalibrationError, match="tuple, has no floating-point tensor"):
+    with pytest.raises(
+        CalibrationError, match=r"tuple\(int64\[3\], None, a str\), which holds no floating.*forward_args= cannot help"
+    ):
         floating_outputs((torch.arange(3), None, "text"))
 
 
@@ -125,3 +127,54 @@ def test_other_shape_is_named_with_its_position() -> None:
 def test_gradients_are_not_followed() -> None:
     output = torch.ones(2, requires_grad=True)
     assert relative_error(output, torch.ones(2)) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_and_nested_tensors_are_compared_by_their_values() -> None:
+    dense = noise(4, 3)
+    assert relative_error(dense.to_sparse() * 1.5, dense.to_sparse()) == pytest.approx(0.5, rel=1e-6)
+    assert relative_error((dense * 1.5).to_sparse_csr(), dense) == pytest.approx(0.5, rel=1e-6)
+    parts = [noise(2, 3), noise(5, 3, seed=1)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    assert relative_error(nested * 1.5, nested) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_rows_of_padding_are_left_out_of_pooled_outputs() -> None:
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    reference = noise(3, 7)
+    value = reference.clone()
+    value[1] = math.nan
+    assert relative_error(value, reference, mask) == 0
+    assert math.isinf(relative_error(value, reference))
+    value[0] *= 1.5
+    expected = 0.5 * reference[0].norm() / reference[[0, 2]].norm()
+    assert relative_error(value, reference, mask) == pytest.approx(float(expected), rel=1e-6)
+
+
+class TestCheckOutputs:
+    def test_infinities_and_anything_at_padding_pass(self) -> None:
+        mask = torch.tensor([[True, True], [True, False]])
+        tokens, pooled = noise(2, 2, 3), noise(2, 3)
+        tokens[1, 1] = math.nan
+        pooled[0, 0] = -math.inf
+        check_outputs((tokens, pooled, noise(0, 3)), mask)
+        with pytest.raises(CalibrationError, match=r"output holds NaN \(floating output 0, float32\[2, 2, 3\]\)"):
+            check_outputs((tokens, pooled))
+
+    def test_nothing_finite(self) -> None:
+        with pytest.raises(CalibrationError, match=r"has no finite value \(floating output 1, float32\[2, 3\]\)"):
+            check_outputs((noise(2), torch.full((2, 3), math.inf)))
+
+    def test_nothing_floating(self) -> None:
+        with pytest.raises(CalibrationError, match="returns None, which holds no floating"):
+            check_outputs(None)
+
+
+def test_a_trial_of_another_shape_is_an_infinite_error() -> None:
+    total = ErrorSum()
+    total.add_trial(torch.ones(3, 2), torch.ones(3, 2))
+    assert total.relative == 0.0
+    total.add_trial((torch.ones(2, 2), torch.ones(1)), (torch.ones(3, 2), torch.ones(1)))
+    assert total.relative == math.inf
+    total.add_trial(torch.ones(3, 2), torch.ones(3, 2))
+    assert total.relative == math.inf

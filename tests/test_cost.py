@@ -48,6 +48,32 @@ def test_convolutions_count_as_torch_counts() -> None:
     assert cost.pair_flops(8, 3 * 15, 4, rows) == flops_of(pair, 2, 3, 9, 9)
 
 
+def test_grouped_layers_count_as_torch_counts() -> None:
+    dense = nn.Conv2d(6, 12, 3, groups=3, bias=False)
+    pair = nn.Sequential(
+        nn.Conv2d(6, 3 * 2, 3, groups=3, bias=False), nn.Conv2d(3 * 2, 12, 1, groups=3, bias=False)
+    )  # fmt: skip
+    rows = 2 * 7 * 7
+    assert cost.dense_params(12, 18) == params_of(dense)
+    assert cost.pair_params(12, 18, 2, 3) == params_of(pair)
+    assert cost.dense_flops(12, 18, rows) == flops_of(dense, 2, 6, 9, 9)
+    assert cost.pair_flops(12, 18, 2, rows, 3) == flops_of(pair, 2, 6, 9, 9)
+
+
+@given(block=SIZES, in_features=SIZES, groups=st.integers(1, 64), rank=st.integers(1, 100))
+def test_groups_are_so_many_layers_side_by_side(block: int, in_features: int, groups: int, rank: int) -> None:
+    out = groups * block
+    assert cost.pair_params(out, in_features, rank, groups) == groups * cost.pair_params(block, in_features, rank)
+    assert cost.dense_params(out, in_features) == groups * cost.dense_params(block, in_features)
+    assert cost.break_even_rank(out, in_features, groups) == cost.break_even_rank(block, in_features)
+    assert cost.candidate_ranks(out, in_features, 8, groups) == cost.candidate_ranks(block, in_features, 8)
+
+
+def test_an_empty_weight_has_no_rank() -> None:
+    assert cost.break_even_rank(0, 0) == cost.break_even_rank(0, 5) == cost.break_even_rank(5, 0) == 0
+    assert cost.candidate_ranks(0, 0, 8) == ()
+
+
 @given(out_features=SIZES, in_features=SIZES, rows=st.integers(1, 10_000))
 def test_weights_and_flops_break_even_at_the_same_rank(out_features: int, in_features: int, rows: int) -> None:
     exact = Fraction(out_features * in_features, out_features + in_features)

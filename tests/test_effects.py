@@ -14,15 +14,14 @@ from torch.fx import GraphModule
 
 from lowrank_fx import effects as room
 from lowrank_fx.batches import Assigned, Call, Role
-from lowrank_fx.calibrate import Calibration, calibrate, run_flat
+from lowrank_fx.calibration import Calibration, blank
+from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
 from lowrank_fx.compare import ErrorSum
 from lowrank_fx.effects import EffectCurve, SiteCurves, error_curves, joint_error, measure_effects
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import Factors
-from lowrank_fx.graph_sites import find_sites
-from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager
+from lowrank_fx.graph_program import GraphProgram, run_flat
 from lowrank_fx.rewrite import factorize
 from lowrank_fx.sites import Site, SiteTable
 
@@ -52,15 +51,16 @@ class Fixture:
         generator = torch.Generator().manual_seed(1)
         batches = [torch.randn(24, 3, 5, 5, generator=generator) for _ in range(4)]
         self.model = Mixed().eval()
-        captured = capture(self.model, Call((batches[0],), {}))
-        self.gm: GraphModule = captured.graph_module
-        PassManager(order.cleanup()).run(self.gm)
-        self.table: SiteTable = find_sites(self.gm)
+        example = Call((batches[0],), {})
+        self.program = GraphProgram.from_capture(capture(self.model, example))
+        self.gm: GraphModule = self.program.module
+        self.table: SiteTable = self.program.find_sites()
         roles: tuple[Role, ...] = ("calibrate", "calibrate", "select", "report")
         pieces = [Assigned(index, role, Call((batches[index],), {})) for index, role in enumerate(roles)]
-        self.calibration: Calibration = calibrate(self.gm, captured.calls, self.table, pieces, progress=False)
-        self.curves: dict[str, SiteCurves] = error_curves(self.gm, self.table, self.calibration, progress=False)
-        self.effects = measure_effects(self.gm, self.curves, self.calibration, progress=False)
+        start = blank(self.program, self.table, self.model, example)
+        self.calibration: Calibration = run_calibration(self.program, self.table, pieces, start, progress=False)
+        self.curves: dict[str, SiteCurves] = error_curves(self.program, self.table, self.calibration, progress=False)
+        self.effects = measure_effects(self.program, self.curves, self.calibration, progress=False)
 
     def rewritten_error(self, factored: dict[str, tuple[Site, Factors]]) -> float:
         """The error of a model that was really rewritten, on the effect batches."""
@@ -112,14 +112,14 @@ def test_the_joint_error_is_that_of_the_rewritten_model(mixed: Fixture) -> None:
         factored = {name: (entry.site, entry.factors(form_of(entry), rank)) for name, entry in mixed.curves.items()}
         expected = mixed.rewritten_error(factored)
         assert expected > 0.02
-        assert joint_error(mixed.gm, factored, batches) == pytest.approx(expected, rel=1e-4)
-    assert joint_error(mixed.gm, {}, batches) == 0.0
+        assert joint_error(mixed.program, factored, batches) == pytest.approx(expected, rel=1e-4)
+    assert joint_error(mixed.program, {}, batches) == 0.0
 
 
 def test_measuring_changes_nothing(mixed: Fixture) -> None:
     state = {name: tensor.clone() for name, tensor in mixed.gm.state_dict().items()}
     inputs = [batch.call.args[0].clone() for batch in mixed.calibration.effect_batches]
-    again = measure_effects(mixed.gm, mixed.curves, mixed.calibration, progress=False)
+    again = measure_effects(mixed.program, mixed.curves, mixed.calibration, progress=False)
     assert again == mixed.effects
     assert all(torch.equal(tensor, state[name]) for name, tensor in mixed.gm.state_dict().items())
     for batch, before in zip(mixed.calibration.effect_batches, inputs, strict=True):
@@ -129,14 +129,14 @@ def test_measuring_changes_nothing(mixed: Fixture) -> None:
 
 def test_expensive_models_are_measured_on_their_first_rows(mixed: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EFFECT_FLOPS", 1.0)
-    cut = room._affordable(mixed.gm, mixed.calibration, 100)
+    cut = room._affordable(mixed.program, mixed.calibration, 100)
     # 16 rows of 48: a third of each of the two batches.
     assert [batch.call.batch_size for batch in cut] == [8, 8]
     for batch, whole in zip(cut, mixed.calibration.effect_batches, strict=True):
         assert torch.equal(batch.call.args[0], whole.call.args[0][:8])
         assert torch.allclose(batch.reference[0], whole.reference[0][:8], atol=1e-5)
     monkeypatch.undo()
-    assert room._affordable(mixed.gm, mixed.calibration, 100) == mixed.calibration.effect_batches
+    assert room._affordable(mixed.program, mixed.calibration, 100) == mixed.calibration.effect_batches
 
 
 def test_a_rank_that_is_not_on_offer_is_refused(mixed: Fixture) -> None:

@@ -17,21 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 # from modules before it. A package stands where its __init__ belongs: before its modules when they rest on it
 # (passes), behind them when it gathers them (planners).
 HOUSE = (
-    *("errors", "_env", "_progress", "_files"),
-    *("linalg", "sketch", "cost", "allocate"),
+    *("errors", "_env", "_progress", "_files", "_memory", "_ambient", "_describe"),
+    *("linalg", "sketch", "grouped_sketch", "cost", "allocate"),
     *("patches", "sites", "forms", "targets", "plan", "batches", "compare"),
-    *("signature", "capture", "graph_sites", "observer"),
+    *("signature", "refusal", "hooks", "caches", "capture", "graph_sites", "observer"),
     *("passes", "passes.verify", "passes.edit", "passes.base"),
-    *("passes.fold_constants", "passes.fold_batchnorm"),
+    *("passes.constants", "passes.fold_constants", "passes.contraction", "passes.lower_einsum"),
+    "passes.untie_embeddings",
+    "passes.fold_batchnorm",
     "passes.observe_taps",
-    *("passes.factorize_linear", "passes.factorize_conv"),
+    *("passes.factorize_linear", "passes.factorize_conv", "passes.factorize_bmm"),
     "passes.fold_factors",
     "passes.order",
-    *("rewrite", "latency", "calibrate", "walk", "effects", "refit"),
+    *("rewrite", "walk", "program", "fingerprint", "graph_program", "modules", "tree_sites", "tree_program"),
+    *("latency", "_bundle", "cache", "calibration", "batch_runs", "calibration_run", "effects", "refit"),
     *("planners.problem", "planners.budget", "planners.energy", "planners.uniform", "planners"),
     "session",
     *("storage", "_render", "report", "module", "pipeline", "testing"),
-    *("demo", "cli", "__main__", "__init__"),
+    *("comparison", "origin"),
+    *("demo.show", "demo.encoder", "demo.digits", "demo"),
+    *("cli", "__main__", "__init__"),
 )
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 import lowrank_fx
 from lowrank_fx import Keep
 from lowrank_fx.compare import relative_error
-from lowrank_fx.module import LowRankModule, _move_constants
+from lowrank_fx.module import LowRankModule
 
 
 def perceptron() -> nn.Sequential:
@@ -114,7 +115,9 @@ def test_other_calls_are_refused_by_name(fast_bert: LowRankModule, arguments: di
 def test_fold_gives_one_dense_operator_per_site_and_the_same_numbers(fast: LowRankModule, model: nn.Module) -> None:
     folded = fast.fold()
     assert set(folded.state_dict()) == set(model.state_dict())
-    linear = [node for node in folded.artifact.graph_module.graph.nodes if node.target is torch.ops.aten.linear.default]
+    graph = folded.artifact.program.module.graph
+    assert isinstance(graph, Graph)
+    linear = [node for node in graph.nodes if node.target is torch.ops.aten.linear.default]
     assert len(linear) == 3
     # float32: two products of depth <= 96 against one; measured 1e-7.
     assert relative_error(folded(batches()[0]), fast(batches()[0])) < 1e-6
@@ -152,7 +155,7 @@ def test_compiled_it_follows_its_weights_too(model: nn.Sequential) -> None:
     assert compiled.timing is not None
     assert compiled.timing.speedup > 0
     rows = batches()[0]
-    eager = compiled.artifact.graph_module(rows)
+    eager = compiled.artifact.program.module(rows)
     assert relative_error(compiled(rows), eager) < 1e-5  # inductor's GELU and tanh, float32; measured 2e-7
     compiled.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in compiled.state_dict().items()})
     assert bool((compiled(rows) == 0).all())
@@ -176,8 +179,9 @@ def test_constants_follow_the_parameters_to_another_device() -> None:
             return out
 
     made = make(Positions().eval())
-    graph = made.artifact.graph_module
-    _move_constants(graph, torch.device("cpu"), torch.device("meta"))
+    graph = made.artifact.program.module
+    made.artifact.program.moved(torch.device("cpu"), torch.device("meta"))
+    assert isinstance(graph, GraphModule)
     devices = {node.kwargs["device"] for node in graph.graph.nodes if "device" in node.kwargs}
     assert devices == {torch.device("meta")}
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lowrank_fx.batches import Assigned, Call
-from lowrank_fx.calibrate import CachedBatch, calibrate
+from lowrank_fx.cache import CachedBatch
+from lowrank_fx.calibration import blank
+from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
-from lowrank_fx.effects import SiteCurves, error_curves, joint_error, substitutes
+from lowrank_fx.effects import SiteCurves, error_curves, joint_error
 from lowrank_fx.forms import Factors
-from lowrank_fx.graph_sites import find_sites
-from lowrank_fx.passes import order
-from lowrank_fx.passes.base import PassManager
+from lowrank_fx.graph_program import GraphProgram, substitutes
 from lowrank_fx.refit import refit
 from lowrank_fx.rewrite import factorize
 from lowrank_fx.sites import Site, SiteTable
@@ -50,14 +50,14 @@ class Net(nn.Module):
 
 class Setup:
     def __init__(self, model: nn.Module, calls: Sequence[Call], rank: int) -> None:
-        captured = capture(model.eval(), calls[0])
-        self.gm: GraphModule = captured.graph_module
-        PassManager(order.cleanup()).run(self.gm)
-        self.table: SiteTable = find_sites(self.gm)
+        self.program = GraphProgram.from_capture(capture(model.eval(), calls[0]))
+        self.gm: GraphModule = self.program.module
+        self.table: SiteTable = self.program.find_sites()
         pieces = [Assigned(index, "calibrate", call) for index, call in enumerate(calls)]
-        calibration = calibrate(self.gm, captured.calls, self.table, pieces, progress=False)
+        start = blank(self.program, self.table, model, calls[0])
+        calibration = run_calibration(self.program, self.table, pieces, start, progress=False)
         self.batches: list[CachedBatch] = calibration.effect_batches
-        self.curves: dict[str, SiteCurves] = error_curves(self.gm, self.table, calibration, progress=False)
+        self.curves: dict[str, SiteCurves] = error_curves(self.program, self.table, calibration, progress=False)
         self.before: Factored = {
             name: (entry.site, entry.factors(next(iter(entry.forms)), rank)) for name, entry in self.curves.items()
         }
@@ -160,7 +160,7 @@ def test_nothing_grows_and_the_input_factors_stay(net: Setup) -> None:
 
 
 def test_the_model_s_error_falls_and_the_rewritten_model_agrees(net: Setup) -> None:
-    before, after = (joint_error(net.gm, factored, net.batches) for factored in (net.before, net.after))
+    before, after = (joint_error(net.program, factored, net.batches) for factored in (net.before, net.after))
     # Each layer's own error cannot rise; the whole model's falls here (measured: .249 to .237).
     assert after < before
     gm = factorize(net.gm, net.after, clone=True)
@@ -175,7 +175,7 @@ def test_a_single_site_at_the_end_never_gets_worse(net: Setup) -> None:
         entry = net.curves["two"]
         alone: Factored = {"two": (entry.site, entry.factors("lowrank", rank))}
         fitted = refit(net.gm, alone, net.batches)
-        before, after = (joint_error(net.gm, factored, net.batches) for factored in (alone, fitted))
+        before, after = (joint_error(net.program, factored, net.batches) for factored in (alone, fitted))
         assert after <= before * (1 + 1e-6)
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
-from lowrank_fx.forms import Factors
+from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager, Refusal
@@ -35,11 +35,14 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 def factors_of(site: Site, weight: Tensor, rank: int) -> Factors:
-    left, values, right = torch.linalg.svd(site.matrix(weight.detach()).double(), full_matrices=False)
-    first, second = (values[:, None] * right)[:rank].to(weight.dtype), left[:, :rank].to(weight.dtype)
-    if site.kind == "conv2d":
-        return Factors(first.reshape(-1, *site.shape[1:]), second[:, :, None, None], None)
-    return Factors(first.contiguous(), second.contiguous(), None)
+    """A pair by plain SVD of each group's matrix."""
+    first, second = [], []
+    for block in site.matrix(weight.detach()).double().chunk(site.groups):
+        left, values, right = torch.linalg.svd(block, full_matrices=False)
+        first.append((values[:, None] * right)[:rank])
+        second.append(left[:, :rank])
+    form = FORMS["channel" if site.patch is not None else "lowrank"]
+    return form.assemble(site, torch.cat(first).to(weight.dtype), torch.cat(second).to(weight.dtype), None)
 
 
 def graph_of(model: nn.Module, x: Tensor) -> GraphModule:
@@ -191,6 +194,59 @@ def test_the_product_is_rounded_once(dtype: torch.dtype) -> None:
     # The pair rounds its middle value, the fold its weight: 2 units in the last place of either.
     run_pass(gm, FoldFactors(sites), (x,), tolerance=4 * torch.finfo(dtype).eps)
     assert torch.equal(gm.get_parameter("0.weight"), (pair[0] @ pair[1]).to(dtype))
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume = nn.Conv3d(4, 6, 2, groups=2, bias=False)
+        self.wave = nn.Conv1d(6, 6, 3, padding="same", groups=2)
+        self.experts = nn.Parameter(rows(2, 4, 6))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.wave(self.volume(x).flatten(2))
+        return x.unsqueeze(1).narrow(3, 0, 4) @ self.experts
+
+
+GOLDEN_GROUPS = """\
+%wave_bias = get[wave.bias]
+%x = input
+%volume_weight_1 = get[volume.weight]
+%conv3d = conv3d(%x, %volume_weight_1, None, [1, 1, 1], [0, 0, 0], [1, 1, 1], 2)
+%flatten = flatten.using_ints(%conv3d, 2)
+%wave_weight_1 = get[wave.weight]
+%conv1d = conv1d.padding(%flatten, %wave_weight_1, %wave_bias, [1], 'same', [1], 2)
+%unsqueeze = unsqueeze(%conv1d, 1)
+%narrow = narrow(%unsqueeze, 3, 0, 4)
+%experts_1 = get[experts]
+%matmul = matmul(%narrow, %experts_1)
+return (%matmul,)"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_groups_are_folded_each_by_itself(dtype: torch.dtype) -> None:
+    model, x = Grouped().to(dtype), rows(3, 4, 3, 3, 4).to(dtype)
+    gm, sites = factored(model, x, rank=1)
+    assert set(sites) == {"volume", "wave", "experts"}
+    # The pair rounds its middle value, the fold its weight, in three layers one after the other.
+    run_pass(gm, FoldFactors(sites), (x,), tolerance=12 * torch.finfo(dtype).eps)
+    assert graph_text(gm) == GOLDEN_GROUPS
+    for name, site in sites.items():
+        matrix = site.matrix(gm.get_parameter(site.weight)).double()
+        for group, block in enumerate(matrix.chunk(site.groups)):
+            values = torch.linalg.svdvals(block)
+            assert values[1] <= 4 * torch.finfo(dtype).eps * values[0], (name, group)
+
+
+def test_a_weight_whose_name_is_taken_goes_under_a_free_one() -> None:
+    x = rows(3, 4)
+    gm, sites = factored(nn.Sequential(nn.Linear(4, 6)), x)
+    other = nn.Parameter(rows(6, 4, seed=5))
+    gm.get_submodule("0").register_parameter("weight", other)
+    result = run_pass(gm, FoldFactors(sites), (x,), tolerance=ROUNDING)
+    assert result.rewrites == 1
+    assert gm.get_parameter("0.weight") is other
+    assert "%_0_weight_1 = get[0.weight_1]" in graph_text(gm)
 
 
 def test_gradients_are_asked_for_where_they_were() -> None:

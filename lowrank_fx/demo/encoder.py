@@ -13,25 +13,18 @@ import random
 import re
 import sysconfig
 import textwrap
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_fx._files import write_atomic
-from lowrank_fx._render import Mark, environment, number, percent, speed
+from lowrank_fx._render import percent
+from lowrank_fx.demo.show import Job, Score
 from lowrank_fx.errors import LowRankError
-from lowrank_fx.module import LowRankModule
-from lowrank_fx.pipeline import optimize
-from lowrank_fx.report import WIDTH, Report, aligned
+from lowrank_fx.origin import Origin
 from lowrank_fx.targets import Keep, Target, Tolerance
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 TARGETS: tuple[Target, ...] = (
     Tolerance(0.1),
@@ -41,7 +34,7 @@ TARGETS: tuple[Target, ...] = (
 )
 
 SHOWN: Target = TARGETS[2]
-"""The target whose layers the page shows."""
+"""The target whose layers the page shows, and whose model is saved."""
 
 CALIBRATION_SENTENCES = 1500
 TEST_SENTENCES = 400
@@ -88,21 +81,6 @@ class SentenceEncoder(nn.Module):
         weights = attention_mask.unsqueeze(-1).to(tokens.dtype)
         pooled: Tensor = (tokens * weights).sum(1) / weights.sum(1)
         return pooled
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One target and what came of it.
-
-    Attributes:
-        report: plan and timing.
-        cosine: mean cosine of the test embeddings to the original's.
-        neighbours: share of test sentences whose nearest other test sentence is still the same.
-    """
-
-    report: Report
-    cosine: float
-    neighbours: float
 
 
 # ---- English that every Python carries -------------------------------------------------------------------------------
@@ -223,137 +201,61 @@ def load_encoder() -> tuple[nn.Module, Any]:
     return SentenceEncoder(transformer).eval(), tokenizer
 
 
-def run_demo(
-    out: Path,
-    *,
-    targets: Sequence[Target] = TARGETS,
-    shown: Target = SHOWN,
-    compile: bool = True,
-    progress: bool = True,
-    console: Console | None = None,
-) -> list[Measured]:
-    """Optimize the sentence encoder for every target, print what came of it and write ``report.html`` into ``out``.
-
-    Args:
-        out: the folder, which is made if it does not exist.
-        targets: what to ask for, one after the other, from one calibration.
-        shown: the one of ``targets`` whose layers the page shows.
-        compile: compile the models with inductor; False is faster, and its speeds say less.
-        progress: say what is being done, and show bars for work over two seconds.
-        console: where to print; stdout by default.
-
-    Returns:
-        A measurement per target, in their order.
+def job() -> Job:
+    """The demo; loads the encoder.
 
     Raises:
         LowRankError: the extra ``demo`` is not installed, or this Python lacks the sources the text comes from.
     """
-    from rich.console import Console
-
-    started = time.monotonic()
-    console = Console(highlight=False) if console is None else console
-
-    def say(text: str) -> None:
-        if progress:
-            console.print(text, markup=False, soft_wrap=True)
-
     model, tokenizer = load_encoder()
     calibration, test = demo_sentences()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    about = (
-        f"all-MiniLM-L6-v2 with mean pooling, {parameters:,} parameters, calibrated on {len(calibration):,} English "
-        f"sentences without labels, tested on {len(test):,} others."
-    )
-    say(about)
-    loader, held_back = (_batches(tokenizer, sentences) for sentences in (calibration, test))
+    held_back = _batches(tokenizer, test)
     original = _embeddings(model, held_back)
+    neighbours = nearest(original)
 
-    made: LowRankModule | None = None
-    measured = []
-    for index, target in enumerate(targets):
-        begun = time.monotonic()
-        what = "calibrate, plan, rewrite, compile, measure" if made is None else "plan, rewrite, compile, measure"
-        say(f"[{index + 1}/{len(targets)}] {target}: {what} ...")
-        if made is None:
-            made = optimize(model, loader, target=target, compile=compile, progress=progress)
-        else:
-            made = made.replan(target)
-        measured.append(_measured(made.report(), original, _embeddings(made, held_back)))
-        say(f"      {made.report().headline} ({time.monotonic() - begun:.0f} s)")
+    def measure(candidate: nn.Module) -> tuple[float, ...]:
+        embeddings = _embeddings(candidate, held_back)
+        cosine = nn.functional.cosine_similarity(original.double(), embeddings.double()).mean()
+        return float(cosine), float((nearest(embeddings) == neighbours).double().mean())
 
-    report = next(entry.report for entry in measured if entry.report.plan.target == shown)
-    page = (
-        environment()
-        .get_template("demo.html.j2")
-        .render(
-            title="lowrank_fx: a sentence encoder, made smaller",
-            about=about,
-            compiled=compile,
-            header=COLUMNS,
-            rows=[(entry.report.plan.target == shown, _row(entry)) for entry in measured],
-            report=report,
-            marks=_marks(measured, report),
-        )
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "report.html", page.encode())
-
-    lines = ["", *textwrap.wrap(LEGEND, WIDTH)]
-    lines += aligned([("target", *SHORT_COLUMNS), *map(_row, measured)], "l" + "r" * len(SHORT_COLUMNS))
-    lines += ["", *report.trade_off()]
-    console.print("\n".join(line.rstrip() for line in lines), markup=False, soft_wrap=True)
-    console.print(
-        f"\n{out / 'report.html'} shows this and every layer of {shown}. Took {time.monotonic() - started:.0f} s.",
-        markup=False,
-        soft_wrap=True,
-    )
-    return measured
-
-
-COLUMNS = (
-    "target",
-    "parameters kept, of the layers",
-    "of the model",
-    "FLOPs kept",
-    "held-out error",
-    "cosine",
-    "same nearest neighbour",
-    "speed",
-)
-
-
-SHORT_COLUMNS = ("layers", "model", "FLOPs", "error", "cosine", "neighbours", "speed")
-LEGEND = (
-    "Kept of the layers' parameters, of the model's and of its FLOPs; error on held-out data; on the test sentences "
-    "the mean cosine to the original's embeddings and the share whose nearest neighbour is the same; speed against the "
-    "original"
-)
-
-
-def _row(measured: Measured) -> tuple[str, ...]:
-    """The cells of ``COLUMNS``."""
-    plan, timing = measured.report.plan, measured.report.timing
-    return (
-        str(plan.target),
-        percent(plan.totals.kept("params", "sites")),
-        percent(plan.totals.kept("params", "model")),
-        percent(plan.totals.kept("flops", "model")),
-        number(plan.error),
-        f"{measured.cosine:.4f}",
-        percent(measured.neighbours),
-        "-" if timing is None else speed(timing.speedup),
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Job(
+        title="A sentence encoder, made smaller",
+        about=(
+            f"all-MiniLM-L6-v2 with mean pooling, {parameters:,} parameters, calibrated on {len(calibration):,} "
+            f"English sentences without labels, tested on {len(test):,} others."
+        ),
+        model=model,
+        calibration=_batches(tokenizer, calibration),
+        targets=TARGETS,
+        shown=SHOWN,
+        scores=(
+            Score("cosine", "cosine", "{:.4f}".format),
+            Score("same nearest neighbour", "neighbours", percent),
+        ),
+        measure=measure,
+        legend=(
+            "the mean cosine to the original's embeddings and the share of sentences whose nearest neighbour is the "
+            "same"
+        ),
+        explained=(
+            "Held-out error is the relative L2 error of the embeddings on calibration text that was held out. Cosine "
+            "and nearest neighbour compare the embeddings of the test sentences with the original's: the mean cosine, "
+            "and the share of sentences whose nearest other sentence is still the same. Nothing was trained."
+        ),
+        origin=Origin(f"{__name__}:load_model", f"{__name__}:fresh_batches", fresh=True),
     )
 
 
-def _marks(measured: Sequence[Measured], shown: Report) -> list[Mark]:
-    """Every target on the chart of the one that is shown."""
-    marks = shown.marks
-    for entry in measured:
-        plan = entry.report.plan
-        if entry.report is not shown and plan.factored:
-            kept = plan.totals.kept(shown.quantity, "model")
-            marks.append(Mark("other", f"{plan.target}: {number(plan.error)}", kept, plan.error))
-    return marks
+def load_model() -> nn.Module:
+    """The bundled sentence encoder, for ``lowrank-fx compare``."""
+    return load_encoder()[0]
+
+
+def fresh_batches() -> list[dict[str, Tensor]]:
+    """The test sentences as batches of token ids, for ``lowrank-fx compare``."""
+    _, tokenizer = load_encoder()
+    return _batches(tokenizer, demo_sentences()[1])
 
 
 def _batches(tokenizer: Any, sentences: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -376,15 +278,6 @@ def _embeddings(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tenso
     """Embeddings ``[sentences, width]``; a compiled model runs uncompiled, for many lengths would compile it again."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return torch.cat([model(batch["input_ids"], batch["attention_mask"]) for batch in batches])
-
-
-def _measured(report: Report, original: Tensor, embeddings: Tensor) -> Measured:
-    agree = nearest(original) == nearest(embeddings)
-    return Measured(
-        report=report,
-        cosine=float(nn.functional.cosine_similarity(original.double(), embeddings.double()).mean()),
-        neighbours=float(agree.double().mean()),
-    )
 
 
 def nearest(embeddings: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""Batches that are kept with the original model's outputs, up to a cap that does not depend on how a run is split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_fx._bundle import pack, unpack
+from lowrank_fx.batches import Call
+from lowrank_fx.compare import floating_outputs
+
+HOLDOUT_BYTES = 512 << 20
+"""Cap on cached inputs and outputs, per role."""
+
+EFFECT_BATCHES = 2
+"""Effects are measured on so many cached calibration batches."""
+
+
+@dataclass(frozen=True)
+class CachedBatch:
+    """A batch with the floating tensors among the original model's outputs, in the order of its leaves."""
+
+    call: Call
+    reference: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs and outputs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.call.tensors(), *self.reference))
+
+    def owned(self) -> CachedBatch:
+        """The batch in memory of its own."""
+        return CachedBatch(owned_call(self.call), tuple(_owned(tensor) for tensor in self.reference))
+
+    def to(self, device: torch.device) -> CachedBatch:
+        """The batch on ``device``."""
+        return CachedBatch(self.call.to(device), tuple(tensor.to(device) for tensor in self.reference))
+
+
+@dataclass
+class Cache:
+    """The first batches of one role, as many as fit ``HOLDOUT_BYTES`` (the first one always does).
+
+    Attributes:
+        most: how many batches it takes at most; None for any number.
+        batches: by their position in the loader.
+        offered: how many batches there were.
+        closed: position of the first batch that was not taken. None behind it are, even if they would fit: so the
+            caches of all shards, put together and cut again, are the cache of a single run.
+    """
+
+    most: int | None = None
+    batches: dict[int, CachedBatch] = field(default_factory=dict)
+    offered: int = 0
+    closed: int | None = None
+
+    def add(self, index: int, call: Call, outputs: Sequence[Any]) -> None:
+        """Offer the batch at position ``index`` of the loader.
+
+        Raises:
+            CalibrationError: the outputs have no floating tensor.
+        """
+        self.offered += 1
+        if self.closed is not None:
+            return
+        self._take(index, CachedBatch(call, tuple(floating_outputs(outputs))))
+
+    def in_order(self) -> list[CachedBatch]:
+        """The batches in the order of the loader."""
+        return [self.batches[index] for index in sorted(self.batches)]
+
+    @property
+    def note(self) -> str | None:
+        """How many batches were not kept; None if all were."""
+        dropped = self.offered - len(self.batches)
+        return f"{dropped} held-out batches were not kept: they exceed {HOLDOUT_BYTES >> 20} MiB" if dropped else None
+
+    def merged(self, other: Cache) -> Cache:
+        """The cache of a run over the batches of both; shares memory with them."""
+        ends = [cache.closed for cache in (self, other) if cache.closed is not None]
+        made = Cache(self.most, {}, self.offered + other.offered, min(ends, default=None))
+        for index, batch in sorted({**self.batches, **other.batches}.items()):
+            if made.closed is None or index < made.closed:
+                made._take(index, batch, owned=True)
+        return made
+
+    def to(self, device: torch.device) -> Cache:
+        """The cache on ``device``."""
+        batches = {index: batch.to(device) for index, batch in self.batches.items()}
+        return Cache(self.most, batches, self.offered, self.closed)
+
+    def packed(self, tensors: dict[str, Tensor], role: str) -> dict[str, Any]:
+        """The cache as JSON data; its tensors go into ``tensors``.
+
+        Raises:
+            StorageError: a batch holds something that cannot be stored; the message names both.
+        """
+        entries = []
+        for index, batch in self.batches.items():
+            what = f"batch {index} ({role})"
+            reference = [pack(tensor, tensors, f"the output for {what}") for tensor in batch.reference]
+            entries.append({"index": index, "call": packed_call(batch.call, tensors, what), "reference": reference})
+        return {"offered": self.offered, "closed": self.closed, "batches": entries}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor], most: int | None) -> Cache:
+        """The cache that :meth:`packed` made ``data`` of.
+
+        Raises:
+            ValueError: the data is malformed (or another error of malformed data).
+        """
+        batches = {}
+        for entry in data["batches"]:
+            reference = tuple(unpack(item, tensors) for item in entry["reference"])
+            floating_outputs(reference)
+            batches[int(entry["index"])] = CachedBatch(unpacked_call(entry["call"], tensors), reference)
+        closed = data["closed"]
+        return cls(most, batches, int(data["offered"]), None if closed is None else int(closed))
+
+    def _take(self, index: int, batch: CachedBatch, *, owned: bool = False) -> None:
+        kept = sum(other.nbytes for other in self.batches.values())
+        if self.batches and (len(self.batches) == self.most or kept + batch.nbytes > HOLDOUT_BYTES):
+            self.closed = index
+        else:
+            self.batches[index] = batch if owned else batch.owned()
+
+
+def owned_call(call: Call) -> Call:
+    """The call with tensors of its own."""
+    return call.map(_owned)
+
+
+def packed_call(call: Call, tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
+    """A call as JSON data; its tensors go into ``tensors``.
+
+    Raises:
+        StorageError: it holds something that cannot be stored; the message says so of ``what``.
+    """
+    values = {"args": call.args, "kwargs": call.kwargs, "mask": call.mask}
+    return {name: pack(value, tensors, what) for name, value in values.items()}
+
+
+def unpacked_call(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Call:
+    """The call that :func:`packed_call` made ``data`` of.
+
+    Raises:
+        ValueError: the data is malformed (or another error of malformed data).
+    """
+    args, kwargs, mask = (unpack(data[name], tensors) for name in ("args", "kwargs", "mask"))
+    if not (isinstance(args, tuple) and isinstance(kwargs, dict) and isinstance(mask, Tensor | None)):
+        raise ValueError("a batch is not a call")
+    return Call(args, kwargs, mask)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

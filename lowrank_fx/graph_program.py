@@ -1,0 +1,184 @@
+"""A model captured by ``torch.export``: a graph of ATen operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lowrank_fx import rewrite
+from lowrank_fx._memory import distinct_numbers
+from lowrank_fx.batches import Call
+from lowrank_fx.capture import Captured
+from lowrank_fx.forms import Factors
+from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.passes import order
+from lowrank_fx.passes.base import PassManager
+from lowrank_fx.program import Factored, Outputs, Program
+from lowrank_fx.signature import CallSignature
+from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.walk import Walk
+
+
+class GraphProgram(Program):
+    """A captured graph.
+
+    Args:
+        module: the graph.
+        calls: how it is called.
+        cleanup: what was folded before sites were found.
+        notes: what the user should know.
+    """
+
+    way = "export"
+    module: GraphModule
+
+    def __init__(
+        self, module: GraphModule, calls: CallSignature, cleanup: tuple[str, ...] = (), notes: tuple[str, ...] = ()
+    ) -> None:
+        self.module = module
+        self.calls = calls
+        self.cleanup = cleanup
+        self.notes = notes
+
+    @classmethod
+    def from_capture(cls, captured: Captured) -> GraphProgram:
+        """Clean a captured graph up, in place."""
+        results = PassManager(order.cleanup()).run(captured.graph_module)
+        changes = tuple(change for _, result in results for change in result.changes)
+        return cls(captured.graph_module, captured.calls, changes, captured.notes)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call in the captured form; see :meth:`CallSignature.bind`."""
+        return self.calls.bind(args, kwargs)
+
+    def run(self, call: Call) -> Outputs:
+        """Run the graph."""
+        return run_flat(self.module, call)
+
+    def find_sites(self, skip: Sequence[str] = ()) -> SiteTable:
+        """Sites by the table of operators."""
+        return find_sites(self.module, skip)
+
+    def weight(self, site: Site) -> Tensor:
+        """The parameter of a site."""
+        return self.module.get_parameter(site.weight)
+
+    def params(self) -> int:
+        """Numbers in the parameters that the graph reads."""
+        # A copy holds only what the graph reads, as the result will.
+        return distinct_numbers(rewrite.copy_graph_module(self.module, clone=False).parameters())
+
+    def observed(self, table: SiteTable, observers: Mapping[str, nn.Module]) -> Callable[[Call], Outputs]:
+        """A copy of the graph with the observers in it."""
+        graph = rewrite.copy_graph_module(self.module, clone=False)
+        # Observers change no value, so bisecting rewrites must not leave any out.
+        PassManager(order.observation(table.taps, observers), bisect=False).run(graph)
+        return lambda call: run_flat(graph, call)
+
+    def count_flops(self, call: Call) -> int:
+        """FLOPs of the graph on ``call``; nothing is computed."""
+        return count_flops(self.module, call)
+
+    def trials(self, call: Call, sites: Sequence[Site]) -> Iterator[tuple[Site, Callable[[Factors], Outputs]]]:
+        """Walk the graph once; at a site's first call the walk forks, so only the part behind the site runs again."""
+        walk = Walk(self.module)
+        run = walk.run(call)
+        starts = [(min(walk.position[use.node] for use in site.calls), site) for site in sites]
+        for position, site in sorted(starts, key=lambda start: start[0]):
+            while run.position < position:
+                run.compute()
+                run.move()
+
+            def trial(factors: Factors, site: Site = site) -> Outputs:
+                fork = run.fork()
+                fork.exchange(substitutes(self.module, site, factors))
+                return fork.finish()
+
+            yield site, trial
+
+    def exchanged(self, factored: Factored) -> Callable[[Call], Outputs]:
+        """The graph with the dense products of the factors in the place of weights."""
+        values: dict[str, Tensor] = {}
+        for site, factors in factored.values():
+            values.update(substitutes(self.module, site, factors))
+
+        def run(call: Call) -> Outputs:
+            call = call.map(torch.clone)  # a graph may write to its inputs
+            return tuple(pytree.tree_leaves(functional_call(self.module, values, call.args, call.kwargs)))
+
+        return run
+
+    def factorize(self, factored: Factored, *, clone: bool) -> GraphProgram:
+        """A rewritten copy of the graph."""
+        return self._with(rewrite.factorize(self.module, factored, clone=clone))
+
+    def fold(self, sites: Mapping[str, Site]) -> GraphProgram:
+        """A copy of the graph with the pairs multiplied out."""
+        return self._with(rewrite.fold(self.module, sites))
+
+    def copy(self) -> GraphProgram:
+        """A copy that owns its tensors."""
+        return self._with(rewrite.copy_graph_module(self.module, clone=True))
+
+    def train(self, mode: bool) -> None:
+        """Set the flag of the graph's modules; what the graph computes stays that of eval mode."""
+        for module in self.module.children():  # the graph itself refuses train() and eval()
+            module.train(mode)
+
+    def moved(self, before: torch.device, after: torch.device) -> None:
+        """Devices that capture wrote into the graph (of ``arange``, ``full``, ...) follow the parameters."""
+
+        def follow(value: Any) -> Any:
+            return after if isinstance(value, torch.device) and value.type == before.type else value
+
+        for node in self.module.graph.nodes:
+            node.args = torch.fx.node.map_aggregate(node.args, follow)
+            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, follow)
+        self.module.recompile()
+
+    def _with(self, module: GraphModule) -> GraphProgram:
+        return GraphProgram(module, self.calls, self.cleanup, self.notes)
+
+
+def run_flat(gm: GraphModule, call: Call) -> Outputs:
+    """Run a graph and return its outputs as flat leaves; ``call`` stays as it is, even if the graph writes to it."""
+    call = call.map(torch.clone)
+    return tuple(pytree.tree_leaves(gm(*call.args, **call.kwargs)))
+
+
+def substitutes(gm: GraphModule, site: Site, factors: Factors) -> dict[str, Tensor]:
+    """Stand-ins for a site's weight and biases, by fully qualified name: the dense product of its factors."""
+    values = {site.weight: site.unmatrix(factors.dense_matrix()).to(factors.factor_in.dtype)}
+    if factors.shift is not None:
+        for name in site.biases:
+            bias = gm.get_parameter(name).detach()
+            values[name] = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
+    return values
+
+
+def count_flops(gm: GraphModule, call: Call) -> int:
+    """FLOPs of a graph on ``call`` by torch's flop counter (2 x MACs, attention included); nothing is computed."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (call.args, call.kwargs))
+    counter = flop_counter()
+    with mode, counter, torch.no_grad():
+        gm(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's flop counter, which also counts the kernel that ``scaled_dot_product_attention`` takes on CPU."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    return FlopCounterMode(display=False, custom_mapping={attention: attention_flops})

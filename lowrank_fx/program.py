@@ -1,0 +1,140 @@
+"""A captured model, whichever way it was captured: what the stages behind capture need of it.
+
+There are two kinds: a graph (``graph_program.py``) and, for models that ``torch.export`` refuses, the model's own
+module tree (``tree_program.py``). Both share parameters with the user's model, know their sites, can be observed, can
+be run with some of their layers exchanged, and can be rewritten. A rewritten program is a program again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lowrank_fx.batches import Call
+from lowrank_fx.capture import device_of
+from lowrank_fx.forms import Factors
+from lowrank_fx.sites import Site, SiteTable
+
+Way: TypeAlias = Literal["export", "modules"]
+
+Factored: TypeAlias = Mapping[str, tuple[Site, Factors]]
+"""Sites with their factors, by site name."""
+
+Outputs: TypeAlias = tuple[Any, ...]
+"""A model's outputs as flat leaves."""
+
+
+class Program(ABC):
+    """A captured model.
+
+    Attributes:
+        way: how it was captured.
+        module: what runs; its parameters carry the names of the user's model, and are the same objects until the
+            program is rewritten with ``clone=True``.
+        cleanup: what was folded before sites were found, a line each.
+        notes: what the user should know.
+    """
+
+    way: ClassVar[Way]
+    module: nn.Module
+    cleanup: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return device_of(self.module)
+
+    @abstractmethod
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A user's call in the form that ``module`` takes.
+
+        Raises:
+            CallError: it does not fit.
+        """
+
+    @abstractmethod
+    def run(self, call: Call) -> Outputs:
+        """Run the program; ``call`` stays as it is, even if the model writes to its inputs."""
+
+    @abstractmethod
+    def find_sites(self, skip: Sequence[str] = ()) -> SiteTable:
+        """Every site and tap, and the weights that are left alone.
+
+        Args:
+            skip: patterns of fully qualified names.
+
+        Raises:
+            OptionError: a pattern matches no weight.
+        """
+
+    @abstractmethod
+    def weight(self, site: Site) -> Tensor:
+        """The weight of a site, as stored."""
+
+    @abstractmethod
+    def params(self) -> int:
+        """How many numbers the parameters hold that the program reads; a tied one counts once."""
+
+    @abstractmethod
+    def observed(self, table: SiteTable, observers: Mapping[str, nn.Module]) -> Callable[[Call], Outputs]:
+        """A way to run the program in which every tap's activation also goes through its observer."""
+
+    @abstractmethod
+    def count_flops(self, call: Call) -> int:
+        """FLOPs of one run (2 x MACs, attention included), by torch's flop counter."""
+
+    @abstractmethod
+    def trials(self, call: Call, sites: Sequence[Site]) -> Iterator[tuple[Site, Callable[[Factors], Outputs]]]:
+        """For each site that ``call`` reaches: a function that gives the outputs with that site alone factored.
+
+        The function holds until the next one is asked for. Sites come in the order in which they run, where that is
+        known.
+        """
+
+    @abstractmethod
+    def exchanged(self, factored: Factored) -> Callable[[Call], Outputs]:
+        """A way to run the program with every given site factored at once; the program itself stays as it is."""
+
+    @abstractmethod
+    def factorize(self, factored: Factored, *, clone: bool) -> Program:
+        """The program with the given sites factored.
+
+        Args:
+            factored: a site and its factors, by site name.
+            clone: whether tensors that are not factored are cloned, so that nothing is shared with the user's model.
+        """
+
+    @abstractmethod
+    def fold(self, sites: Mapping[str, Site]) -> Program:
+        """A factored program with one dense operator per site again; shares no tensor with this one."""
+
+    @abstractmethod
+    def copy(self) -> Program:
+        """The same program with tensors of its own."""
+
+    @abstractmethod
+    def train(self, mode: bool) -> None:
+        """Set the training flag of every module."""
+
+    @abstractmethod
+    def moved(self, before: torch.device, after: torch.device) -> None:
+        """Follow the parameters, which went from one device to another."""
+
+
+def flat(output: Any) -> Outputs:
+    """The leaves of a model's output, dataclasses opened field by field."""
+    leaves: list[Any] = []
+    for leaf in pytree.tree_leaves(output):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for entry in dataclasses.fields(leaf):
+                leaves += flat(getattr(leaf, entry.name, None))
+        else:
+            leaves.append(leaf)
+    return tuple(leaves)
