@@ -91,7 +91,12 @@ def test_the_median_ignores_a_burst() -> None:
     machine = Machine()
     baseline = iter([0.02, *[0.02] * 3, 0.5, *[0.02] * 1000])
     timing = paired_speedup(
-        machine.work("A", baseline), machine.work("B", always(0.01)), device="cpu", warmup=0, clock=machine.clock
+        machine.work("A", baseline),
+        machine.work("B", always(0.01)),
+        device="cpu",
+        max_seconds=10.0,
+        warmup=0,
+        clock=machine.clock,
     )
     assert timing.speedup == pytest.approx(2.0, rel=1e-9)
     assert timing.baseline_seconds == pytest.approx(0.02, rel=1e-9)
@@ -105,6 +110,7 @@ def test_ratios_are_taken_within_a_round() -> None:
         machine.work("A", iter(slow)),
         machine.work("B", iter([seconds / 2 for seconds in slow])),
         device="cpu",
+        max_seconds=10.0,
         warmup=0,
         clock=machine.clock,
     )
