@@ -11,6 +11,7 @@ The model is handed back exactly as it was: mode, hooks, buffers, gradient flags
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -116,11 +117,10 @@ def preserved(model: nn.Module) -> Iterator[list[str]]:
 
     Hooks that are part of the model's mathematics stay; see :func:`~lowrank_fx.hooks.user_hooks`.
     """
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     saved = list(user_hooks(model))
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), attributes_kept(model):
         try:
             for module in model.modules():
                 module.training = False
@@ -131,11 +131,34 @@ def preserved(model: nn.Module) -> Iterator[list[str]]:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.detach().copy_(value)
-            for module, own, named in attributes:  # a forward may also count its calls, or keep what it saw
-                module.__dict__.clear()
-                module.__dict__.update(own)
-                module._buffers.clear()
-                module._buffers.update(named)
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Every attribute of every module, and what its lists, sets and dictionaries hold, is afterwards as it was.
+
+    A forward may count its calls, or keep what it computed; while it is traced, that is a fake tensor.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    containers: dict[int, tuple[Any, Any]] = {}
+
+    def keep(value: Any) -> None:
+        if isinstance(value, dict | list | set) and id(value) not in containers:
+            containers[id(value)] = (value, copy.copy(value))
+            for item in value.values() if isinstance(value, dict) else value:
+                keep(item)
+
+    for _, own in attributes:
+        keep(own)
+    try:
+        yield
+    finally:
+        for value, before in containers.values():
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        for module, own in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(own)
 
 
 @contextlib.contextmanager
@@ -161,7 +184,8 @@ def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, str]:
             if dims:
                 shapes[tensor] = dict.fromkeys(dims, Dim.AUTO)
         try:
-            with _spelled_out(model, call):
+            # What one attempt leaves behind in the model must not meet the next.
+            with attributes_kept(model), _spelled_out(model, call):
                 return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False), dynamic
         except Exception as error:  # export raises many kinds; the last attempt's reason is the one that counts
             failure = error

@@ -576,3 +576,31 @@ def test_a_compiled_model_is_captured_inside() -> None:
     assert graph_text(result.graph_module).splitlines()[-2:] == [
         "%linear = linear(%input_1, %weight, %bias)", "return (%linear,)",
     ]  # fmt: skip
+
+
+class KeepsWhatItComputed(nn.Module):
+    """Like timm's attention biases: computed once in eval mode and kept in a dictionary, per device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.bias = nn.Parameter(torch.ones(4, 6))
+        self.kept: dict[str, Tensor] = {}
+        self.seen: list[list[int]] = [[]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[0].append(1)
+        if "cpu" not in self.kept:
+            self.kept["cpu"] = self.bias[[0, 2]].sum(0)
+        return torch.relu(self.layer(x) + self.kept["cpu"])
+
+
+def test_what_forward_keeps_in_containers_is_not_left_in_the_model() -> None:
+    model = KeepsWhatItComputed().eval()
+    kept, seen = model.kept, model.seen[0]
+    captured = capture(model, Call((torch.ones(3, 6),), {}))
+    assert model.kept is kept
+    assert kept == {}
+    assert model.seen[0] is seen
+    assert seen == []
+    assert torch.equal(captured.graph_module(torch.ones(2, 6)), model(torch.ones(2, 6)))
