@@ -14,7 +14,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,10 @@ def preserved(model: nn.Module) -> Iterator[list[str]]:
         try:
             for module in model.modules():
                 module.training = False
+                # Filled by earlier calls it would be a constant of the graph; what it was computed from would be lost.
+                for name, value in vars(module).items():
+                    if "cache" in name and isinstance(value, dict) and _are_tensors(value.values()):
+                        value.clear()
             for entry in saved:
                 setattr(entry.module, entry.attribute, entry.own)
             yield list(dict.fromkeys(entry.name or type(entry.module).__name__ for entry in saved))
@@ -195,6 +199,10 @@ def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, str]:
                 break
     assert failure is not None
     raise refused(model, failure) from failure
+
+
+def _are_tensors(values: Iterable[object]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
 
 
 def _any_batch(program: ExportedProgram) -> bool:

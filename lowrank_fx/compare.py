@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from lowrank_fx._describe import describe
+from lowrank_fx._leaves import tree_leaves
 from lowrank_fx.errors import CalibrationError
 
 # Elements converted to float64 at a time, because the logits of a language model would take gigabytes at once. On a CPU
@@ -178,7 +178,7 @@ def _squares_with_infinities(value: torch.Tensor, reference: torch.Tensor, posit
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    for leaf in pytree.tree_leaves(output):
+    for leaf in tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
             if leaf.is_nested:  # its parts differ in shape, so they lie behind each other
                 leaf = torch.cat([part.reshape(-1) for part in leaf.unbind()])

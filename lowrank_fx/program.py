@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from lowrank_fx._leaves import tree_leaves
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import device_of
 from lowrank_fx.forms import Factors
@@ -131,7 +131,7 @@ class Program(ABC):
 def flat(output: Any) -> Outputs:
     """The leaves of a model's output, dataclasses opened field by field."""
     leaves: list[Any] = []
-    for leaf in pytree.tree_leaves(output):
+    for leaf in tree_leaves(output):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             for entry in dataclasses.fields(leaf):
                 leaves += flat(getattr(leaf, entry.name, None))

@@ -585,22 +585,32 @@ class KeepsWhatItComputed(nn.Module):
         super().__init__()
         self.layer = nn.Linear(6, 6)
         self.bias = nn.Parameter(torch.ones(4, 6))
-        self.kept: dict[str, Tensor] = {}
+        self.bias_cache: dict[str, Tensor] = {}
         self.seen: list[list[int]] = [[]]
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen[0].append(1)
-        if "cpu" not in self.kept:
-            self.kept["cpu"] = self.bias[[0, 2]].sum(0)
-        return torch.relu(self.layer(x) + self.kept["cpu"])
+        if "cpu" not in self.bias_cache:
+            self.bias_cache["cpu"] = self.bias[[0, 2]].sum(0)
+        return torch.relu(self.layer(x) + self.bias_cache["cpu"])
 
 
 def test_what_forward_keeps_in_containers_is_not_left_in_the_model() -> None:
     model = KeepsWhatItComputed().eval()
-    kept, seen = model.kept, model.seen[0]
+    kept, seen = model.bias_cache, model.seen[0]
     captured = capture(model, Call((torch.ones(3, 6),), {}))
-    assert model.kept is kept
+    assert model.bias_cache is kept
     assert kept == {}
     assert model.seen[0] is seen
     assert seen == []
     assert torch.equal(captured.graph_module(torch.ones(2, 6)), model(torch.ones(2, 6)))
+
+
+def test_a_cache_that_is_filled_already_is_computed_in_the_graph() -> None:
+    model = KeepsWhatItComputed().eval()
+    expected = model(torch.ones(2, 6))
+    before = model.bias_cache["cpu"]
+    captured = capture(model, Call((torch.ones(3, 6),), {}))
+    assert model.bias_cache["cpu"] is before
+    assert "bias" in {str(node.target) for node in captured.graph_module.graph.find_nodes(op="get_attr")}
+    assert torch.equal(captured.graph_module(torch.ones(2, 6)), expected)

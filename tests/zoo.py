@@ -97,6 +97,7 @@ def enliven(model: nn.Module, batch: Batch) -> None:
             norm.momentum = 1.0
             norm.train()
         call(model, batch)
+        model.train()  # forgets what the call may have cached
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

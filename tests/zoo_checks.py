@@ -32,6 +32,9 @@ TARGET = 0.8
 # operators in another order, so its own may be a few times that. Below FLOOR nothing is asked.
 MULTIPLE, FLOOR = 5.0, 2e-6
 
+# A small model has few ranks on offer, so its budget cannot be used to the last FLOP; measured .022 at most.
+SLACK = 0.03
+
 
 @dataclass
 class Findings:
@@ -110,6 +113,8 @@ class Findings:
             said.append("the original was changed")
         if self.kept > self.target:
             said.append(f"{self.kept:.4f} of the FLOPs are left, {self.target:.4f} was asked")
+        elif self.kept < self.target - SLACK:
+            said.append(f"{self.kept:.4f} of the FLOPs are left, so the {self.target:.4f} that was asked is not used")
         if self.factored == 0:
             said.append("nothing was factored")
         elif self.moved <= 100 * limit:
@@ -190,7 +195,7 @@ def unaccounted(model: nn.Module, fast: Any) -> list[str]:
 
 def rounding(model: nn.Module, batch: Any) -> float:
     """A model in float32 against itself in float64."""
-    return relative_error(zoo.call(model, batch), zoo.call(copy.deepcopy(model).double(), _wide(batch)))
+    return relative_error(zoo.call(model, batch), zoo.call(_double(model), _wide(batch)))
 
 
 def other_batch(model: nn.Module, dense: nn.Module, batch: Any) -> tuple[str, float]:
@@ -203,6 +208,11 @@ def other_batch(model: nn.Module, dense: nn.Module, batch: Any) -> tuple[str, fl
         except CallError as error:
             return f"{rows} rows are refused: {error}", worst
     return "batch", worst
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A copy in float64; ``train`` makes it forget what earlier calls have cached."""
+    return copy.deepcopy(model).double().train().eval()
 
 
 def _wide(batch: Any) -> Any:
@@ -222,7 +232,7 @@ def dense_reference(model: nn.Module, fast: Any) -> tuple[nn.Module | None, str]
     Returns:
         The reference and what it is.
     """
-    reference = copy.deepcopy(model).double()
+    reference = _double(model)
     sites = fast.artifact.sites
     norms = _folded_norms(fast.plan.cleanup)
     try:
