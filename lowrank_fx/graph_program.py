@@ -181,4 +181,18 @@ def flop_counter() -> FlopCounterMode:
     def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    return FlopCounterMode(display=False, custom_mapping={attention: attention_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={attention: attention_flops})
+    counter.mod_tracker = _WholeModel()  # type: ignore[assignment]
+    return counter
+
+
+class _WholeModel:
+    """Counts for the model as a whole. Torch's tracker of modules takes apart all they return, which not all stand."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Nothing is tracked."""
+
+    def __exit__(self, *raised: object) -> None:
+        """Nothing was tracked."""
