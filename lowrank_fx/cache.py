@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from lowrank_fx.compare import floating_outputs
 
 HOLDOUT_BYTES = 512 << 20
 """Cap on cached inputs and outputs, per role."""
+
+INPUT_BYTES = 256 << 20
+"""Cap on the inputs of calibration batches that are kept for refitting and refining."""
 
 EFFECT_BATCHES = 2
 """Effects are measured on so many cached calibration batches."""
@@ -43,7 +46,7 @@ class CachedBatch:
 
 @dataclass
 class Cache:
-    """The first batches of one role, as many as fit ``HOLDOUT_BYTES`` (the first one always does).
+    """The first batches of one role, as many as fit the cap (the first one always does).
 
     Attributes:
         most: how many batches it takes at most; None for any number.
@@ -51,12 +54,16 @@ class Cache:
         offered: how many batches there were.
         closed: position of the first batch that was not taken. None behind it are, even if they would fit: so the
             caches of all shards, put together and cut again, are the cache of a single run.
+        limit: the cap in bytes; None for ``HOLDOUT_BYTES``.
+        outputs: whether the original's outputs are kept with the inputs.
     """
 
     most: int | None = None
     batches: dict[int, CachedBatch] = field(default_factory=dict)
     offered: int = 0
     closed: int | None = None
+    limit: int | None = None
+    outputs: bool = True
 
     def add(self, index: int, call: Call, outputs: Sequence[Any]) -> None:
         """Offer the batch at position ``index`` of the loader.
@@ -67,7 +74,7 @@ class Cache:
         self.offered += 1
         if self.closed is not None:
             return
-        self._take(index, CachedBatch(call, tuple(floating_outputs(outputs))))
+        self._take(index, CachedBatch(call, tuple(floating_outputs(outputs)) if self.outputs else ()))
 
     def in_order(self) -> list[CachedBatch]:
         """The batches in the order of the loader."""
@@ -77,12 +84,15 @@ class Cache:
     def note(self) -> str | None:
         """How many batches were not kept; None if all were."""
         dropped = self.offered - len(self.batches)
-        return f"{dropped} held-out batches were not kept: they exceed {HOLDOUT_BYTES >> 20} MiB" if dropped else None
+        if not dropped:
+            return None
+        what = "held-out batches were not kept" if self.outputs else "calibration batches take no part in refitting"
+        return f"{dropped} {what}: they exceed {self._cap >> 20} MiB"
 
     def merged(self, other: Cache) -> Cache:
         """The cache of a run over the batches of both; shares memory with them."""
         ends = [cache.closed for cache in (self, other) if cache.closed is not None]
-        made = Cache(self.most, {}, self.offered + other.offered, min(ends, default=None))
+        made = replace(self, batches={}, offered=self.offered + other.offered, closed=min(ends, default=None))
         for index, batch in sorted({**self.batches, **other.batches}.items()):
             if made.closed is None or index < made.closed:
                 made._take(index, batch, owned=True)
@@ -91,7 +101,7 @@ class Cache:
     def to(self, device: torch.device) -> Cache:
         """The cache on ``device``."""
         batches = {index: batch.to(device) for index, batch in self.batches.items()}
-        return Cache(self.most, batches, self.offered, self.closed)
+        return replace(self, batches=batches)
 
     def packed(self, tensors: dict[str, Tensor], role: str) -> dict[str, Any]:
         """The cache as JSON data; its tensors go into ``tensors``.
@@ -106,9 +116,8 @@ class Cache:
             entries.append({"index": index, "call": packed_call(batch.call, tensors, what), "reference": reference})
         return {"offered": self.offered, "closed": self.closed, "batches": entries}
 
-    @classmethod
-    def unpacked(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor], most: int | None) -> Cache:
-        """The cache that :meth:`packed` made ``data`` of.
+    def unpacked(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cache:
+        """The cache, of this one's kind, that :meth:`packed` made ``data`` of.
 
         Raises:
             ValueError: the data is malformed (or another error of malformed data).
@@ -116,14 +125,21 @@ class Cache:
         batches = {}
         for entry in data["batches"]:
             reference = tuple(unpack(item, tensors) for item in entry["reference"])
-            floating_outputs(reference)
+            if self.outputs:
+                floating_outputs(reference)
             batches[int(entry["index"])] = CachedBatch(unpacked_call(entry["call"], tensors), reference)
         closed = data["closed"]
-        return cls(most, batches, int(data["offered"]), None if closed is None else int(closed))
+        return replace(
+            self, batches=batches, offered=int(data["offered"]), closed=None if closed is None else int(closed)
+        )
+
+    @property
+    def _cap(self) -> int:
+        return HOLDOUT_BYTES if self.limit is None else self.limit
 
     def _take(self, index: int, batch: CachedBatch, *, owned: bool = False) -> None:
         kept = sum(other.nbytes for other in self.batches.values())
-        if self.batches and (len(self.batches) == self.most or kept + batch.nbytes > HOLDOUT_BYTES):
+        if self.batches and (len(self.batches) == self.most or kept + batch.nbytes > self._cap):
             self.closed = index
         else:
             self.batches[index] = batch if owned else batch.owned()

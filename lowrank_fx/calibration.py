@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_fx._bundle import read_bundle, write_bundle
 from lowrank_fx.batches import Call, Role
-from lowrank_fx.cache import EFFECT_BATCHES, Cache, CachedBatch, owned_call, packed_call, unpacked_call
+from lowrank_fx.cache import EFFECT_BATCHES, INPUT_BYTES, Cache, CachedBatch, owned_call, packed_call, unpacked_call
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.fingerprint import Share, Source, base_weights, call_checksum, describe_share, weights_differ
 from lowrank_fx.grouped_sketch import Sketch, load_sketch, make_sketch, merge_sketches
@@ -20,8 +20,16 @@ from lowrank_fx.observer import sketch_sizes
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site, SiteTable
 
-FORMAT = 1
+FORMAT = 2
 NAME = "calibration"
+
+_EMPTY = {
+    "effect": Cache(EFFECT_BATCHES),
+    "inputs": Cache(limit=INPUT_BYTES, outputs=False),
+    "select": Cache(),
+    "report": Cache(),
+}
+"""The caches before anything was put into them."""
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Calibration:
         first_rows: by tap name, the first calibration batch that reached the tap, and its number of rows.
         counted: the first calibration batch, and the FLOPs of the whole captured model on it; None before it.
         effect: calibration batches on which effects are measured.
+        inputs: calibration batches on which factors are refitted and refined.
         select: held-out rows on which candidate plans are compared.
         report: held-out rows that the reported error comes from.
         pieces: checksums of the batches that were run, by position in the loader and role.
@@ -48,9 +57,10 @@ class Calibration:
     shards: frozenset[int]
     first_rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     counted: tuple[int, int] | None = None
-    effect: Cache = field(default_factory=lambda: Cache(EFFECT_BATCHES))
-    select: Cache = field(default_factory=Cache)
-    report: Cache = field(default_factory=Cache)
+    effect: Cache = field(default_factory=lambda: _empty("effect"))
+    inputs: Cache = field(default_factory=lambda: _empty("inputs"))
+    select: Cache = field(default_factory=lambda: _empty("select"))
+    report: Cache = field(default_factory=lambda: _empty("report"))
     pieces: dict[tuple[int, Role], str] = field(default_factory=dict)
     complete: bool = False
 
@@ -72,6 +82,11 @@ class Calibration:
         return self.effect.in_order()
 
     @property
+    def input_batches(self) -> list[Call]:
+        """The inputs of the calibration batches that were kept, for refitting and refining."""
+        return [batch.call for batch in self.inputs.in_order()]
+
+    @property
     def select_batches(self) -> list[CachedBatch]:
         """Held-out rows on which candidate plans are compared."""
         return self.select.in_order()
@@ -89,7 +104,7 @@ class Calibration:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        notes = [cache.note for cache in (self.select, self.report) if cache.note is not None]
+        notes = [cache.note for cache in (self.inputs, self.select, self.report) if cache.note is not None]
         sketched = [sketch for sketch in self.sketches.values() if not sketch.exact]
         if sketched:
             notes.append(
@@ -200,6 +215,7 @@ class Calibration:
             first_rows=first_rows,
             counted=min(counted, default=None),
             effect=self.effect.merged(other.effect),
+            inputs=self.inputs.merged(other.inputs),
             select=self.select.merged(other.select),
             report=self.report.merged(other.report),
             pieces={**self.pieces, **other.pieces},
@@ -210,8 +226,8 @@ class Calibration:
         if all(sketch.device == device for sketch in self.sketches.values()):
             return self
         sketches = {name: load_sketch(sketch.state_dict(), device) for name, sketch in self.sketches.items()}
-        effect, select, report = (cache.to(device) for cache in (self.effect, self.select, self.report))
-        return replace(self, sketches=sketches, effect=effect, select=select, report=report)
+        caches: dict[str, Any] = {name: cache.to(device) for name, cache in self._caches().items()}
+        return replace(self, sketches=sketches, **caches)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``calibration.json`` and one safetensors file into ``folder``, which is made if it does not exist.
@@ -260,7 +276,7 @@ class Calibration:
                 _, number, own = key.split(".", 2)
                 states.setdefault(number, {})[own] = tensor
         counted = data["counted"]
-        caches = {name: Cache.unpacked(data["caches"][name], tensors, cache.most) for name, cache in _EMPTY.items()}
+        caches = {name: cache.unpacked(data["caches"][name], tensors) for name, cache in _EMPTY.items()}
         return cls(
             source=source,
             example=unpacked_call(data["example"], tensors),
@@ -277,10 +293,7 @@ class Calibration:
         )
 
     def _caches(self) -> dict[str, Cache]:
-        return {"effect": self.effect, "select": self.select, "report": self.report}
-
-
-_EMPTY = {"effect": Cache(EFFECT_BATCHES), "select": Cache(), "report": Cache()}
+        return {name: getattr(self, name) for name in _EMPTY}
 
 
 def blank(
@@ -315,6 +328,10 @@ def blank(
     shares: dict[str, Share] = {tap.name: (tap.width, tap.groups, sketches[tap.name].size) for tap in taps}
     source = Source(base_weights(model), program.way, shares, seed, holdout, call_checksum(example), shard[1])
     return Calibration(source, owned_call(example), sketches, frozenset({shard[0]}))
+
+
+def _empty(name: str) -> Cache:
+    return replace(_EMPTY[name], batches={})
 
 
 def _read_sketch(name: str, share: Share, state: Mapping[str, Tensor]) -> Sketch:

@@ -185,6 +185,7 @@ def _run(
             with seeded(device):
                 state.counted = (index, program.count_flops(call))
         state.effect.add(index, call, outputs)
+        state.inputs.add(index, call, outputs)
     else:
         cache = state.select if assigned.role == "select" else state.report
         cache.add(index, call, run_batch(program, program.run, call, index, state.example))

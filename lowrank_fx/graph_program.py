@@ -116,6 +116,17 @@ class GraphProgram(Program):
 
         return run
 
+    def probed(self, nodes: Sequence[str]) -> Callable[[Call], tuple[Outputs, dict[str, Tensor]]]:
+        """A walk through the graph that keeps the values of some nodes."""
+        walk = Walk(self.module)
+        wanted = frozenset(nodes)
+
+        def run(call: Call) -> tuple[Outputs, dict[str, Tensor]]:
+            values: dict[str, Tensor] = {}
+            return walk.run(call).finish(wanted, values), values
+
+        return run
+
     def factorize(self, factored: Factored, *, clone: bool) -> GraphProgram:
         """A rewritten copy of the graph."""
         return self._with(rewrite.factorize(self.module, factored, clone=clone))

@@ -103,6 +103,19 @@ class Program(ABC):
         """A way to run the program with every given site factored at once; the program itself stays as it is."""
 
     @abstractmethod
+    def probed(self, nodes: Sequence[str]) -> Callable[[Call], tuple[Outputs, dict[str, Tensor]]]:
+        """A way to run the program that also gives the values of some of its calls.
+
+        Args:
+            nodes: names of :attr:`SiteCall.node`; a factored program keeps them, so it can be compared with the
+                original.
+
+        Returns:
+            A function that gives the outputs and, by name, the value of each call that was reached (of a module that
+            is called several times, that of the last call). It keeps gradients unless the caller turns them off.
+        """
+
+    @abstractmethod
     def factorize(self, factored: Factored, *, clone: bool) -> Program:
         """The program with the given sites factored.
 

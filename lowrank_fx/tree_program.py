@@ -154,6 +154,23 @@ class TreeProgram(Program):
 
         return run
 
+    def probed(self, nodes: Sequence[str]) -> Callable[[Call], tuple[Outputs, dict[str, Tensor]]]:
+        """The model with a forward hook on some of its layers."""
+
+        def run(call: Call) -> tuple[Outputs, dict[str, Tensor]]:
+            values: dict[str, Tensor] = {}
+            with contextlib.ExitStack() as stack:
+                for name in nodes:
+
+                    def keep(module: nn.Module, args: object, output: Any, name: str = name) -> None:
+                        if isinstance(output, Tensor):
+                            values[name] = output
+
+                    stack.callback(self.module.get_submodule(name).register_forward_hook(keep).remove)
+                return self.run(call), values
+
+        return run
+
     def factorize(self, factored: Factored, *, clone: bool) -> TreeProgram:
         """A copy of the tree with stand-ins, and the user's hooks back in place."""
         tree = _share(self.module)

@@ -7,7 +7,7 @@ it many times, and comparing two versions of a model wants to run both in step. 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,11 +127,19 @@ class Run:
             values.update(zip(owned, _copies([values[node] for node in owned]), strict=True))
         return Run(self.walk, values, dict(self.exchanged), self.position)
 
-    def finish(self) -> tuple[Any, ...]:
-        """Run to the end; the outputs as flat leaves."""
+    def finish(self, wanted: Collection[str] = (), kept: dict[str, Any] | None = None) -> tuple[Any, ...]:
+        """Run to the end; the outputs as flat leaves.
+
+        Args:
+            wanted: names of nodes whose values are put into ``kept``.
+            kept: by name.
+        """
         result: Any = None
         while self.position < len(self.walk.nodes):
+            name = self.next.name
             result = self.compute()
+            if kept is not None and name in wanted:
+                kept[name] = result
             self.move()
         return tuple(pytree.tree_leaves(result))
 

@@ -19,6 +19,8 @@ from lowrank_fx.errors import CaptureError, OptionError
 from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.hooks import ATTRIBUTES
 from lowrank_fx.modules import FactoredLinear, is_stand_in
+from lowrank_fx.pipeline import take
+from lowrank_fx.program import Way
 from lowrank_fx.sites import Site
 from lowrank_fx.tree_program import TreeProgram
 
@@ -265,6 +267,24 @@ def test_trials_compute_one_site_at_a_time(program: TreeProgram, model: Mixed) -
     counted = before[:-1]
     assert state_of(program.module)[:-1] == counted
     assert state_of(model) == user
+
+
+def test_probed_gives_the_values_of_layers_in_both_ways() -> None:
+    first_layer, last_layer = nn.Linear(6, 5), nn.Linear(5, 4)
+    model = nn.Sequential(first_layer, nn.ReLU(), last_layer).double().eval()
+    call = Call((torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6),), {})
+    hidden = first_layer(call.args[0])
+    captures: tuple[Way, ...] = ("export", "modules")
+    for capture in captures:
+        program = take(model, call, capture)
+        first = program.find_sites().sites[0]
+        outputs, values = program.probed([first.calls[0].node])(call)
+        assert list(values) == [first.calls[0].node]
+        assert torch.equal(values[first.calls[0].node], hidden)
+        assert torch.equal(outputs[0], model(call.args[0]))
+        (gradient,) = torch.autograd.grad(outputs[0].sum(), values[first.calls[0].node])
+        expected = (hidden > 0).double() * last_layer.weight.sum(0)
+        assert torch.allclose(gradient, expected, rtol=1e-12)
 
 
 def test_exchanged_computes_all_at_once(program: TreeProgram, model: Mixed) -> None:
