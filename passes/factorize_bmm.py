@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
@@ -29,8 +31,8 @@ class FactorizeBmm(FactorizeLinear):
     name = "factorize-bmm"
     kinds = ("bmm",)
 
-    def pair(self, gm: GraphModule, node: Node, names: tuple[str, str]) -> Node:
-        """Build the pair in front of ``node``; the last node of it."""
+    def chain(self, gm: GraphModule, node: Node, names: Sequence[str]) -> Node:
+        """Build the factors' calls in front of ``node``; the last node of them."""
         activation, _ = operands(node)
         first, second = (parameter_node(gm, name, node) for name in names)
         assert isinstance(node.target, OpOverload)

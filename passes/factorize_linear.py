@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -60,17 +60,17 @@ class FactorizeLinear(Pass):
             names = register_factors(gm, site, factors)
             for call in site.calls:
                 node = nodes[call.node]
-                pair = self.pair(gm, node, names)
-                node.replace_all_uses_with(pair)
+                last = self.chain(gm, node, names)
+                node.replace_all_uses_with(last)
                 gm.graph.erase_node(node)
-                pair.name = call.node
+                last.name = call.node
             shape = f"{site.out_features} x {site.in_features}"
             each = f" in each of {site.groups} groups" if site.groups > 1 else ""
             changes.append(f"{site.name} {shape} factored at rank {factors.rank}{each}")
         return PassResult(tuple(changes), tuple(refusals))
 
-    def pair(self, gm: GraphModule, node: Node, names: tuple[str, str]) -> Node:
-        """Build the pair in front of ``node``; the last node of it."""
+    def chain(self, gm: GraphModule, node: Node, names: Sequence[str]) -> Node:
+        """Build the factors' calls in front of ``node``; the last node of them."""
         activation, bias = operands(node)
         first, second = (parameter_node(gm, name, node) for name in names)
         inner = call_node(gm, aten.linear.default, (activation, first), like=node, before=node)
@@ -78,11 +78,11 @@ class FactorizeLinear(Pass):
         return call_node(gm, aten.linear.default, arguments, like=node, before=node)
 
 
-def register_factors(gm: GraphModule, site: Site, factors: Factors) -> tuple[str, str]:
-    """Register a site's factors under its name and move its bias; the factors' fully qualified names."""
+def register_factors(gm: GraphModule, site: Site, factors: Factors) -> tuple[str, ...]:
+    """Register a site's factors under its name and move its bias; the factors' names in the order of application."""
     trainable = get_parameter(gm, site.weight).requires_grad
-    names = site.attribute("factor_in"), site.attribute("factor_out")
-    for name, tensor in zip(names, (factors.factor_in, factors.factor_out), strict=True):
+    names = tuple(map(site.attribute, factors.tensors))
+    for name, tensor in zip(names, factors.tensors.values(), strict=True):
         set_parameter(gm, name, tensor, trainable)
     if factors.shift is not None:
         for name in site.biases:

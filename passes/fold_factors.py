@@ -1,20 +1,25 @@
-"""FOLD: factored pairs become dense operators again."""
+"""FOLD: factors become dense operators again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from lowrank_fx.forms import Factors
+from lowrank_fx.forms.geometry import joined, owners
 from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
 from lowrank_fx.passes.edit import call_node, free_name, get_parameter, parameter_node, set_parameter, users_of_attr
+from lowrank_fx.passes.factorize_conv import geometry_call, geometry_of
 from lowrank_fx.sites import Site
 
 aten = torch.ops.aten
+
+_LEAVES = ("factor_in", "factor_mid", "factor_out")
 
 
 class FoldFactors(Pass):
@@ -33,10 +38,11 @@ class FoldFactors(Pass):
                                                         # or conv2d(%x, %weight, %bias, stride, padding, dilation, g)
 
     Formula: ``weight = factor_out @ factor_in`` within each group, multiplied in float64 and rounded once to the
-    factors' dtype.
+    factors' dtype. Of convolutions it is their kernels' composition; with two or three kernels that span different
+    dimensions, the dense one takes each dimension's stride, padding and dilation from the factor that spans it.
 
-    Left alone when the pair is not in the graph, its middle value has another user, or something happens to that value
-    between the two.
+    Left alone when the factors are not in the graph, a middle value has another user, or something happens to that
+    value in between.
 
     Args:
         sites: the sites whose pairs are folded, by name.
@@ -48,63 +54,79 @@ class FoldFactors(Pass):
         self.sites = sites
 
     def run(self, gm: GraphModule, budget: RewriteBudget) -> PassResult:
-        """Fold every pair of every site."""
+        """Fold the factors of every site."""
         changes: list[str] = []
         refusals: list[Refusal] = []
         readers = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
         for site in self.sites.values():
-            names = site.attribute("factor_in"), site.attribute("factor_out")
-            if not readers.issuperset(names):
+            names = [site.attribute(leaf) for leaf in _LEAVES if site.attribute(leaf) in readers]
+            if not {site.attribute("factor_in"), site.attribute("factor_out")} <= set(names):
                 refusals.append(Refusal(site.name, "the graph has no pair of this name"))
                 continue
-            inner = users_of_attr(gm, names[0])
-            shared = [node.name for node in inner if len(node.users) != 1]
-            if shared:
-                refusals.append(Refusal(site.name, f"the middle value {shared[0]!r} has another user"))
-                continue
-            if {next(iter(node.users)) for node in inner} != set(users_of_attr(gm, names[1])):
-                refusals.append(Refusal(site.name, "its factors are not applied one right after the other"))
+            chains = [[node] for node in users_of_attr(gm, names[0])]
+            refusal = next(filter(None, (_extend(gm, chains, name) for name in names[1:])), None)
+            if refusal is not None:
+                refusals.append(Refusal(site.name, refusal))
                 continue
             if not budget.take():
                 refusals.append(budget.refusal(site.name))
                 continue
-            self._fold(gm, site, names, inner)
+            self._fold(gm, site, names, chains)
             changes.append(f"{site.name} folded to {site.out_features} x {site.in_features}")
         return PassResult(tuple(changes), tuple(refusals))
 
-    def _fold(self, gm: GraphModule, site: Site, names: tuple[str, str], inner: tuple[Node, ...]) -> None:
-        first, second = (get_parameter(gm, name) for name in names)
-        factors = Factors(first.detach(), second.detach(), None, site.groups, stacked=site.kind == "bmm")
-        weight = free_name(gm, site.weight)
-        set_parameter(gm, weight, site.unmatrix(factors.dense_matrix()).to(first.dtype), first.requires_grad)
-        for node in inner:
-            outer = next(iter(node.users))
-            operator, arguments = _dense_call(gm, site, parameter_node(gm, weight, outer), node, outer)
-            options = {key: value for key, value in node.kwargs.items() if key != "bias"}
+    def _fold(self, gm: GraphModule, site: Site, names: Sequence[str], chains: Sequence[Sequence[Node]]) -> None:
+        tensors = [get_parameter(gm, name).detach() for name in names]
+        mid = tensors[1] if len(tensors) == 3 else None
+        factors = Factors(tensors[0], tensors[-1], None, site.groups, stacked=site.kind == "bmm", factor_mid=mid)
+        weight, trainable = free_name(gm, site.weight), get_parameter(gm, names[0]).requires_grad
+        set_parameter(gm, weight, site.unmatrix(factors.dense_matrix()).to(tensors[0].dtype), trainable)
+        for chain in chains:
+            outer = chain[-1]
+            operator, arguments, options = _dense_call(gm, site, parameter_node(gm, weight, outer), chain, tensors)
             folded = call_node(gm, operator, arguments, options, like=outer, before=outer)
             name = outer.name
             outer.replace_all_uses_with(folded)
-            gm.graph.erase_node(outer)
-            gm.graph.erase_node(node)
+            for node in reversed(chain):
+                gm.graph.erase_node(node)
             folded.name = name
 
 
+def _extend(gm: GraphModule, chains: Sequence[list[Node]], name: str) -> str | None:
+    """Add to each chain the node that applies the factor ``name`` to its last value; why not, if there is none."""
+    shared = [chain[-1].name for chain in chains if len(chain[-1].users) != 1]
+    if shared:
+        return f"the middle value {shared[0]!r} has another user"
+    if {next(iter(chain[-1].users)) for chain in chains} != set(users_of_attr(gm, name)):
+        return "its factors are not applied one right after the other"
+    for chain in chains:
+        chain.append(next(iter(chain[-1].users)))
+    return None
+
+
 def _dense_call(
-    gm: GraphModule, site: Site, weight: Node, inner: Node, outer: Node
-) -> tuple[OpOverload, tuple[Argument, ...]]:
+    gm: GraphModule, site: Site, weight: Node, chain: Sequence[Node], factors: Sequence[Tensor]
+) -> tuple[OpOverload, tuple[Argument, ...], dict[str, Argument]]:
+    inner, outer = chain[0], chain[-1]
     activation = inner.args[0]
     bias = outer.args[2] if len(outer.args) > 2 else None
     if site.kind == "linear" and site.transposed:
         # The weight keeps its own layout, [in, out], so that its values fit the model it came from.
         if bias is None:
-            return aten.matmul.default, (activation, weight)
+            return aten.matmul.default, (activation, weight), {}
         assert isinstance(activation, Node)
         if activation.meta["val"].dim() == 2:
-            return aten.addmm.default, (bias, activation, weight)
+            return aten.addmm.default, (bias, activation, weight), {}
         turned = call_node(gm, aten.t.default, (weight,), like=outer, before=outer)
-        return aten.linear.default, (activation, turned, bias)
+        return aten.linear.default, (activation, turned, bias), {}
     assert isinstance(inner.target, OpOverload)
-    geometry = inner.args[3:]
+    if site.patch is not None and any(owners(factors)):
+        geometries, groups = zip(*map(geometry_of, chain, factors), strict=True)
+        operator, geometry = geometry_call(inner, joined(geometries, factors), groups[0])
+        options: dict[str, Argument] = {}
+    else:
+        operator, geometry = inner.target, inner.args[3:]
+        options = {key: value for key, value in inner.kwargs.items() if key != "bias"}
     if bias is None and not geometry:
-        return inner.target, (activation, weight)
-    return inner.target, (activation, weight, bias, *geometry)
+        return operator, (activation, weight), options
+    return operator, (activation, weight, bias, *geometry), options

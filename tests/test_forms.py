@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_fx import forms
 from lowrank_fx.errors import OptionError
-from lowrank_fx.forms import FORMS, Channel, ErrorCurve, LowRank, dense_flops, dense_params, forms_for, relative
+from lowrank_fx.forms import FORMS, Channel, ErrorCurve, LowRank, base, dense_flops, dense_params, forms_for, relative
 from lowrank_fx.grouped_sketch import GroupedSketch
 from lowrank_fx.patches import Patch
 from lowrank_fx.sites import Site, SiteCall
@@ -74,7 +73,7 @@ def residual(matrix: Tensor, curve: ErrorCurve, rank: int) -> Tensor:
 @pytest.fixture
 def without_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula on the rows alone."""
-    monkeypatch.setattr(forms, "PRIOR_ROWS", 0.0)
+    monkeypatch.setattr(base, "PRIOR_ROWS", 0.0)
 
 
 @pytest.mark.usefixtures("without_prior")
@@ -103,7 +102,7 @@ def test_the_prior_counts_as_rows_of_white_noise(centered: bool) -> None:
     weight, rows = randn(6, 9), skewed_rows(4, 9)
     curve = LowRank().curve(linear_site(6, 9, centered=centered), weight, sketch_of(rows))
     own = seen(rows, centered)
-    scale = (forms.PRIOR_ROWS * own.square().sum() / (4 * 9)).sqrt()
+    scale = (base.PRIOR_ROWS * own.square().sum() / (4 * 9)).sqrt()
     with_noise = torch.cat((own, scale * torch.eye(9, dtype=torch.float64)))
     for rank in curve.ranks:
         left, whole = with_noise @ residual(weight, curve, rank).t(), with_noise @ weight.t()
@@ -165,7 +164,7 @@ def test_factors_have_the_curves_error_and_keep_the_mean(dtype: torch.dtype, tra
     curve = LowRank().curve(site, weight, sketch)
     matrix = site.matrix(weight).double()
     for rank in (1, 5, curve.ranks[-1]):
-        factors = LowRank().factor(site, weight, curve, rank, sketch.mean)
+        factors = LowRank().factor(site, weight, curve, rank, sketch)
         assert (factors.factor_in.dtype, factors.factor_out.dtype) == (dtype, dtype)
         assert (factors.rank, factors.factor_in.shape, factors.factor_out.shape) == (rank, (rank, 30), (24, rank))
         assert factors.factor_in.is_contiguous()
@@ -187,7 +186,7 @@ def test_without_a_bias_of_its_own_there_is_no_shift() -> None:
     rows, weight = skewed_rows(50, 9), randn(6, 9)
     sketch = sketch_of(rows)
     curve = LowRank().curve(site, weight, sketch)
-    assert LowRank().factor(site, weight, curve, 2, sketch.mean).shift is None
+    assert LowRank().factor(site, weight, curve, 2, sketch).shift is None
     # The mean is most of such rows, so one direction already carries nearly all of the output.
     assert curve.error(1) < 0.5 < LowRank().curve(linear_site(6, 9), weight, sketch).error(1)
 
@@ -196,7 +195,7 @@ def test_a_float64_model_keeps_its_precision() -> None:
     weight, rows = randn(20, 4) @ randn(4, 30, seed=1), skewed_rows(100, 30)
     sketch = sketch_of(rows)
     curve = LowRank().curve(linear_site(20, 30), weight, sketch)
-    factors = LowRank().factor(linear_site(20, 30), weight, curve, 4, sketch.mean)
+    factors = LowRank().factor(linear_site(20, 30), weight, curve, 4, sketch)
     assert curve.basis.dtype == torch.float64
     assert ((factors.dense_matrix() - weight).norm() / weight.norm()).item() < 1e-12
     single = LowRank().curve(linear_site(20, 30, dtype="torch.float32"), weight.float(), sketch)
@@ -228,7 +227,7 @@ def test_channel_is_the_composed_convolution(patch: Patch, centered: bool) -> No
 
     dense = conv(weight)
     for rank in curve.ranks:
-        factors = Channel().factor(site, weight, curve, rank, sketch.mean)
+        factors = Channel().factor(site, weight, curve, rank, sketch)
         assert factors.factor_in.shape == (rank, 5, *patch.kernel)
         assert factors.factor_out.shape == (8, rank, 1, 1)
         pair = F.conv2d(conv(factors.factor_in), factors.factor_out)
@@ -265,7 +264,7 @@ def test_a_grouped_pair_is_the_best_one_of_every_group(
     groups, block, width = 3, 8, 7
     site = grouped_site(kind, groups, block, width, centered=centered, dtype=str(dtype))
     form = LowRank() if kind == "bmm" else Channel()
-    assert forms_for(site, None) == [FORMS[form.name]]
+    assert forms_for(site, None) == [FORMS[form.name]]  # kernels of one
     weight = randn(*site.shape).to(dtype)
     rows = torch.cat([skewed_rows(60, width, seed=seed) for seed in range(groups)], 1)
     sketch = GroupedSketch(groups * width, groups, size)
@@ -277,7 +276,7 @@ def test_a_grouped_pair_is_the_best_one_of_every_group(
     outputs = [seen(own, centered) @ each.t() for own, each in zip(rows.chunk(groups, 1), blocks, strict=True)]
     energy = sum(float(output.square().sum()) for output in outputs)
     for rank in curve.ranks:
-        factors = form.factor(site, weight, curve, rank, sketch.mean)
+        factors = form.factor(site, weight, curve, rank, sketch)
         assert (factors.rank, factors.groups) == (rank, groups)
         assert form.params(site, rank) == factors.factor_in.numel() + factors.factor_out.numel()
         assert form.flops(site, rank, 60) == 2 * 60 * form.params(site, rank)
@@ -320,7 +319,7 @@ def test_a_group_that_saw_only_zeros_has_factors_too() -> None:
     sketch.update(torch.cat([skewed_rows(40, 6), torch.zeros(40, 6, dtype=torch.float64)], 1))
     weight = randn(*site.shape)
     curve = Channel().curve(site, weight, sketch)
-    factors = Channel().factor(site, weight, curve, 2, sketch.mean)
+    factors = Channel().factor(site, weight, curve, 2, sketch)
     assert all(bool(tensor.isfinite().all()) for tensor in (factors.factor_in, factors.factor_out, curve.basis))
     assert 0 < curve.error(2) < curve.error(1) < 1
 
@@ -369,18 +368,21 @@ def test_a_sketch_smaller_than_the_first_rank_still_gives_that_rank() -> None:
         assert curve.basis.shape == (160, 8)
         gram = curve.basis.double().t() @ curve.basis.double()
         torch.testing.assert_close(gram, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-6)
-        assert LowRank().factor(site, weight, curve, 8, sketch.mean).rank == 8
+        assert LowRank().factor(site, weight, curve, 8, sketch).rank == 8
 
 
 def test_which_forms_stand_for_a_site() -> None:
     linear, conv = linear_site(6, 9), conv_site(8, 5, GEOMETRIES[0])
-    assert list(FORMS) == ["lowrank", "channel"]
+    convs = ["channel", "channel_in", "spatial", "spatial_t", "tucker2"]
+    assert list(FORMS) == ["lowrank", *convs]
     assert [form.name for form in forms_for(linear, None)] == ["lowrank"]
-    assert [form.name for form in forms_for(conv, None)] == ["channel"]
+    assert [form.name for form in forms_for(conv, None)] == convs
+    # A kernel of one divides in no other way.
+    assert [form.name for form in forms_for(conv_site(8, 5, GEOMETRIES[2]), None)] == ["channel"]
     assert forms_for(conv, ("lowrank",)) == []
-    assert [form.name for form in forms_for(conv, ("lowrank", "channel"))] == ["channel"]
-    with pytest.raises(OptionError, match=r"forms=\['spatial'\]: no form is called 'spatial'; there are \['lowrank', "):
-        forms_for(linear, ("spatial",))
+    assert [form.name for form in forms_for(conv, ("spatial", "lowrank", "channel"))] == ["channel", "spatial"]
+    with pytest.raises(OptionError, match=r"forms=\['cp'\]: no form is called 'cp'; there are \['lowrank', "):
+        forms_for(linear, ("cp",))
 
 
 def test_the_same_rows_give_the_same_curve_and_the_weight_is_unchanged() -> None:
@@ -391,6 +393,6 @@ def test_the_same_rows_give_the_same_curve_and_the_weight_is_unchanged() -> None
     assert first.tail == second.tail
     assert torch.equal(first.basis, second.basis)
     assert not first.basis.requires_grad
-    factors = LowRank().factor(linear_site(20, 30), weight, first, 3, sketch.mean)
+    factors = LowRank().factor(linear_site(20, 30), weight, first, 3, sketch)
     assert not factors.factor_in.requires_grad
     assert torch.equal(weight.detach(), before)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
-from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.forms import Channel, Factors, LowRank
 from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes.base import PassManager, Refusal
 from lowrank_fx.passes.factorize_conv import FactorizeConv
@@ -41,7 +41,7 @@ def factors_of(site: Site, weight: Tensor, rank: int | None = None, shift: Tenso
         left, values, right = torch.linalg.svd(block, full_matrices=False)
         first.append((values[:, None] * right)[:rank])
         second.append(left[:, :rank])
-    form = FORMS["channel" if site.patch is not None else "lowrank"]
+    form = Channel() if site.patch is not None else LowRank()
     return form.assemble(site, torch.cat(first).to(weight.dtype), torch.cat(second).to(weight.dtype), shift)
 
 

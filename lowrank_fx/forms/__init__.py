@@ -1,0 +1,64 @@
+"""The forms: ways to factor a site, each with its error curve, its factors and its cost.
+
+To add a form: subclass :class:`Form` in a file of this package, put it into ``FORMS``, and give ``passes/`` a rewrite
+for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_fx.errors import OptionError
+from lowrank_fx.forms.base import (
+    DENSE,
+    PRIOR_ROWS,
+    ErrorCurve,
+    Factors,
+    Form,
+    apply_blocks,
+    composed,
+    dense_flops,
+    dense_params,
+    relative,
+)
+from lowrank_fx.forms.output import Channel, LowRank
+from lowrank_fx.forms.split import ChannelIn, Spatial, SpatialT
+from lowrank_fx.forms.tucker import Tucker2
+from lowrank_fx.sites import Site
+
+__all__ = [
+    "DENSE",
+    "FORMS",
+    "PRIOR_ROWS",
+    "Channel",
+    "ChannelIn",
+    "ErrorCurve",
+    "Factors",
+    "Form",
+    "LowRank",
+    "Spatial",
+    "SpatialT",
+    "Tucker2",
+    "apply_blocks",
+    "composed",
+    "dense_flops",
+    "dense_params",
+    "forms_for",
+    "relative",
+]
+
+FORMS: dict[str, Form] = {
+    form.name: form for form in (LowRank(), Channel(), ChannelIn(), Spatial(), SpatialT(), Tucker2())
+}
+
+
+def forms_for(site: Site, allowed: Sequence[str] | None) -> list[Form]:
+    """The forms that can stand for ``site``, among those the user allows (None: all).
+
+    Raises:
+        OptionError: ``allowed`` names a form that does not exist.
+    """
+    for name in allowed or ():
+        if name not in FORMS:
+            raise OptionError(f"forms={list(allowed or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
+    return [form for name, form in FORMS.items() if (allowed is None or name in allowed) and form.applies(site)]

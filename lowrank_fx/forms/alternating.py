@@ -1,0 +1,183 @@
+"""Least squares for a weight that is a composition of two maps, over tensors alone.
+
+A kernel whose positions fall into two sets is, reordered, a weight ``W [m, q, c]``: m outputs, q positions that the
+second map sees, and c numbers (channels and positions of the first map) at each of these. The composition of a first
+map ``H [r, c]`` and a second map ``V [m, r, q]`` is ``W'[m, q, c] = sum_r V[m, r, q] H[r, c]``, and
+
+    |(W - W') G^(1/2)|_F^2      G [q c, q c], the Gram of the rows that meet the weight
+
+is the energy of the error of the layer's output. It is quadratic in each of the two maps, so they are solved for in
+turn: V exactly, H by preconditioned conjugate gradients. Neither can raise the error, so the alternation is monotone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_fx.linalg import symmetric_eigen
+
+_FLOORS = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)
+"""What is added to a Gram's diagonal, relative to its mean, until a Cholesky factor of it exists."""
+
+_GAUGE_FLOORS = (1e-9, 1e-6, 1e-3)
+"""The same where only coordinates depend on it: directions that no row has shown stay of moderate size."""
+
+
+class Composition:
+    """A weight to be written as a composition of two maps, and the Gram of the rows that meet it.
+
+    Args:
+        weight: W ``[m, q, c]``, float64.
+        gram: G ``[q c, q c]`` in any shape, float64, symmetric positive semidefinite, contiguous.
+
+    Attributes:
+        energy: ``|W G^(1/2)|^2``.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+        self.weight = weight
+        _, self.places, self.width = weight.shape
+        self.gram = gram.view(self.places, self.width, self.places, self.width)
+        self.cross = (weight.flatten(1) @ gram.view(self.places * self.width, -1)).view_as(weight)
+        self.energy = float((self.cross * weight).sum())
+        self.mean_gram = self.gram.diagonal(dim1=0, dim2=2).mean(-1)
+
+    def start(self, rank: int) -> Tensor:
+        """First maps for every rank up to ``rank``: ``[rank, c]``, the best of rank k being nearly the first k rows.
+
+        Where the q positions have the same Gram and nothing in common, the error is ``|(R - V H) G_0^(1/2)|^2`` for W
+        as a matrix R ``[m q, c]`` and the positions' mean Gram G_0, and these rows are optimal at every rank (Eckart
+        and Young 1936).
+        """
+        matrix = self.weight.flatten(0, 1)
+        values, vectors = symmetric_eigen(self.mean_gram)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        inner = matrix.T @ matrix
+        _, directions = symmetric_eigen(root @ inner @ root)
+        # H = directions^T root^-1 spans the same rows as this, which needs no inverse.
+        return self.orthonormal(directions[:, :rank].T @ root @ inner)
+
+    def orthonormal(self, first: Tensor) -> Tensor:
+        """Rows orthonormal on the mean Gram; the first k, for every k, span what the first k of ``first`` do."""
+        rows = first / first.norm(dim=1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny)
+        factor = _cholesky(rows @ self.mean_gram @ rows.T, _GAUGE_FLOORS)
+        made: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
+        return made
+
+    def second(self, first: Tensor) -> Tensor:
+        """The best second map ``[m, r, q]`` behind ``first`` ``[r, c]``."""
+        factor, goal = self._normal(first)
+        return torch.cholesky_solve(goal.flatten(1).T, factor).T.reshape(goal.shape)
+
+    def explained(self, first: Tensor) -> Tensor:
+        """The energy that the best second map explains behind the first k rows of ``first``: ``[r]``, k = 1 ... r."""
+        factor, goal = self._normal(first)
+        parts: Tensor = torch.linalg.solve_triangular(factor, goal.flatten(1).T, upper=False)
+        return parts.square().sum(1).view(first.shape[0], self.places).sum(1).cumsum(0)
+
+    def fitted(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """The best second map ``[m, r, q]`` behind ``first``, and the Gram ``[m, m]`` of the outputs it gives."""
+        factor, goal = self._normal(first)
+        flat = goal.flatten(1)
+        second = torch.cholesky_solve(flat.T, factor).T
+        return second.reshape(goal.shape), second @ flat.T
+
+    def fitted_grams(self, first: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+        """The Gram ``[m, m]`` of the best outputs behind the first k rows of ``first``, for each k of ``counts``.
+
+        Args:
+            first: ``[r, c]``.
+            counts: numbers of rows, never falling.
+        """
+        factor, goal = self._normal(first)
+        parts = torch.linalg.solve_triangular(factor, goal.flatten(1).T, upper=False)
+        total, done = parts.new_zeros(parts.shape[1], parts.shape[1]), 0
+        for count in counts:
+            more = parts[done : count * self.places]
+            total = total + more.T @ more
+            done = count * self.places
+            yield total
+
+    def projected(self, directions: Tensor) -> Composition:
+        """The same for the outputs along orthonormal ``directions`` ``[m, k]`` alone."""
+        return Composition(torch.einsum("mk,mqc->kqc", directions, self.weight), self.gram)
+
+    def error(self, first: Tensor, second: Tensor) -> float:
+        """The error's energy for two maps."""
+        left = (self.weight - torch.einsum("mrq,rc->mqc", second, first)).flatten(1)
+        gram = self.gram.reshape(left.shape[1], left.shape[1])
+        return float(((left @ gram) * left).sum())
+
+    def first(self, second: Tensor, first: Tensor, steps: int) -> Tensor:
+        """A better first map ``[r, c]`` for ``second``, from ``first``, by conjugate gradients.
+
+        They solve
+
+            sum_qp (V_q^T V_p) H G_pq = sum_q V_q^T (W G)_q
+
+        preconditioned by ``(sum_q V_q^T V_q)^-1`` on the left and the mean Gram's inverse on the right.
+        """
+        rank = first.shape[0]
+        by_place = second.permute(2, 0, 1).contiguous()
+        left = _cholesky(torch.einsum("qmr,qms->rs", by_place, by_place), _GAUGE_FLOORS)
+        right = _cholesky(self.mean_gram, _GAUGE_FLOORS)
+        products = by_place[:, None].mT @ by_place  # [q, p, r, s]
+        products = products.permute(2, 1, 3, 0).reshape(rank, -1)  # r by (p, s, q), as the rows of spread
+
+        def apply(direction: Tensor) -> Tensor:
+            spread = torch.matmul(direction, self.gram.reshape(self.places, self.width, -1))
+            return products @ spread.view(-1, self.width)
+
+        def condition(residual: Tensor) -> Tensor:
+            return torch.cholesky_solve(torch.cholesky_solve(residual, left).T, right).T
+
+        residual = torch.einsum("qmr,mqc->rc", by_place, self.cross) - apply(first)
+        step = condition(residual)
+        slope = float((residual * step).sum())
+        scale = slope
+        for _ in range(steps):
+            if slope <= 1e-12 * scale or slope <= 0:
+                break
+            image = apply(step)
+            curvature = float((step * image).sum())
+            if curvature <= 0:
+                break
+            length = slope / curvature
+            first = first + length * step
+            residual = residual - length * image
+            conditioned = condition(residual)
+            now = float((residual * conditioned).sum())
+            step, slope = conditioned + (now / slope) * step, now
+        return first
+
+    def improved(self, first: Tensor, sweeps: int, steps: int) -> Tensor:
+        """``first`` after ``sweeps`` rounds of: the best second map, then a better first map by ``steps`` steps."""
+        for _ in range(sweeps):
+            first = self.orthonormal(self.first(self.second(first), first, steps))
+        return first
+
+    def _goal(self, first: Tensor) -> Tensor:
+        return (self.cross @ first.T).mT.contiguous()
+
+    def _normal(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of the features' Gram ``[r q, r q]``, and their products with the outputs [m, r, q]."""
+        spread = torch.matmul(first, self.gram.reshape(self.places, self.width, -1))
+        inner = spread.view(self.places, -1, self.places, self.width) @ first.T
+        side = first.shape[0] * self.places
+        return _cholesky(inner.permute(1, 0, 3, 2).reshape(side, side)), self._goal(first)
+
+
+def _cholesky(gram: Tensor, floors: Sequence[float] = _FLOORS) -> Tensor:
+    """The lower Cholesky factor of a Gram that may be singular: as little as needed is added to its diagonal."""
+    mean = float(gram.diagonal().mean()) or 1.0
+    for floor in floors:
+        moved = gram.clone()
+        moved.diagonal().add_(floor * mean)
+        factor, failed = torch.linalg.cholesky_ex(moved)
+        if not int(failed):
+            made: Tensor = factor
+            return made
+    raise AssertionError("a Gram is positive semidefinite up to rounding")
