@@ -20,6 +20,21 @@ from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, si
 
 aten = torch.ops.aten
 
+MASK = "attention_mask"
+"""The argument that tells padding, ``[B, T]``."""
+
+_VIEWS = frozenset(
+    (
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.contiguous.default,
+        aten.clone.default,
+    )
+)
+"""Operators that change how rows are laid out, not their order."""
+
 
 @dataclass(frozen=True)
 class _Use:
@@ -132,8 +147,9 @@ def _make_site(gm: GraphModule, fqn: str, weight: Tensor, nodes: list[Node], *, 
 
     taps, calls = [], []
     for node, use in zip(nodes, used, strict=True):
-        taps.append(Tap(use.tap, use.activation.name, groups * in_features, use.patch, node.name, groups))
-        calls.append(SiteCall(node.name, use.tap, None if use.bias is None else str(use.bias.target)))
+        turned = _is_sequence_first(use.activation)
+        taps.append(Tap(use.tap, use.activation.name, groups * in_features, use.patch, node.name, groups, turned))
+        calls.append(SiteCall(node.name, use.tap, None if use.bias is None else str(use.bias.target), turned))
     centered = all(use.bias is not None and set(use.bias.users) <= set(nodes) for use in used) and not _is_shared(
         gm, [str(use.bias.target) for use in used if use.bias is not None]
     )
@@ -153,6 +169,19 @@ def _make_site(gm: GraphModule, fqn: str, weight: Tensor, nodes: list[Node], *, 
         tied=tied,
     )
     return site, taps
+
+
+def _is_sequence_first(activation: Node) -> bool:
+    """Whether rows come position by position, for a model that takes a padding mask ``[B, T]``."""
+    mask = next((node for node in activation.graph.nodes if node.op == "placeholder" and node.name == MASK), None)
+    while activation.target in _VIEWS and activation.meta["val"].dim() < 3:
+        (activation,) = activation.all_input_nodes[:1]
+    shapes = [node.meta["val"].shape for node in (mask, activation) if node is not None]
+    if len(shapes) < 2 or len(shapes[0]) != 2 or len(shapes[1]) < 3:
+        return False
+    # Symbols are compared as such: asking whether two sizes are equal would put a guard on the graph.
+    (batch, positions), (first, second) = ([str(size) for size in shape[:2]] for shape in shapes)
+    return (first, second) == (positions, batch) != (batch, positions)
 
 
 # ---- the table of operators ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The module tree: which modules apply a weight, and the classes that stand in for them when they are factored.
 
-A stand-in is a subclass of the layer that it replaces, so ``isinstance`` still holds. It computes through two factors,
+A stand-in is a subclass of the layer that it replaces, so ``isinstance`` still holds. It computes through its factors,
 and its ``weight`` is their product, for code that reads a layer's weight.
 """
 
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from lowrank_fx.forms import Factors
+from lowrank_fx.forms import Factors, composed
+from lowrank_fx.forms.geometry import Geometry, divided
 from lowrank_fx.hooks import is_weight_hook
 from lowrank_fx.patches import Patch
 from lowrank_fx.sites import Site
@@ -26,7 +27,10 @@ Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _CONVS: dict[type[nn.Module], str] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
-_ATTENTION = "nn.MultiheadAttention applies its projections inside one call, which only a graph opens"
+_ATTENTION = (
+    "an nn.MultiheadAttention applies its projections inside one call, "
+    "which is opened only where the first batch reaches it"
+)
 
 _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Embedding, "an embedding is a table lookup, not a matrix product"),
@@ -39,7 +43,7 @@ _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-_REPLACED = ("weight", "bias", "factor_in", "factor_out")
+_REPLACED = ("weight", "bias", "factor_in", "factor_mid", "factor_out")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def read_layer(module: nn.Module) -> Layer | str | None:
 
 
 def stand_in(module: nn.Module, site: Site, factors: Factors, bias: Tensor | None) -> nn.Module:
-    """The module that computes what ``module`` does, through two factors.
+    """The module that computes what ``module`` does, through factors.
 
     Args:
         module: the layer; its class, flags, attributes and hooks carry over.
@@ -106,7 +110,7 @@ def stand_in(module: nn.Module, site: Site, factors: Factors, bias: Tensor | Non
     made.__dict__.update(_plain_attributes(module))
     made.plain, made.transposed = plain, site.transposed
     parameters: dict[str, Any] = made._parameters
-    parameters.update(factor_in=factors.factor_in, factor_out=factors.factor_out, bias=bias)
+    parameters.update(factors.tensors, bias=bias)
     # torch's transformer layers hand their weights to one fused kernel, unless a module in them has a hook.
     made.register_forward_pre_hook(_no_fast_path)
     return made
@@ -154,7 +158,7 @@ class StandIn(nn.Module):
 
     Attributes:
         factor_in: applied first.
-        factor_out: applied second.
+        factor_out: applied last; a form with three factors has ``factor_mid`` in between.
         bias: ``[out]``, or None.
         plain: the class of the layer that it stands for.
         transposed: that layer stores its weight ``[in, out]``.
@@ -167,14 +171,16 @@ class StandIn(nn.Module):
     transposed: bool
 
     @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order of their application."""
+        mid = self._parameters.get("factor_mid")
+        return (self.factor_in, self.factor_out) if mid is None else (self.factor_in, mid, self.factor_out)
+
+    @property
     def weight(self) -> Tensor:
         """The product of the factors in the shape of the weight that they replace, multiplied in float64."""
         groups = getattr(self, "groups", 1)
-        first = self.factor_in.flatten(1).double()
-        second = self.factor_out.flatten(1).double()
-        first = first.view(groups, -1, first.shape[1])
-        product = (second.view(groups, -1, second.shape[1]) @ first).flatten(0, 1)
-        shaped = product.view(-1, *self.factor_in.shape[1:]).to(self.factor_in.dtype)
+        shaped = composed([factor.double() for factor in self.factors], groups).to(self.factor_in.dtype)
         return shaped.t() if self.transposed else shaped
 
 
@@ -198,13 +204,17 @@ class _FactoredConv(StandIn):
     groups: int
 
     def _through(self, convolve: Any, input: Tensor) -> Tensor:
-        inner = convolve(input, self.factor_in, None, self.stride, self.padding, self.dilation, self.groups)
-        result: Tensor = convolve(inner, self.factor_out, self.bias, groups=self.groups)
-        return result
+        factors = self.factors
+        for factor, own in zip(
+            factors, divided(Geometry(self.stride, self.padding, self.dilation), factors), strict=True
+        ):
+            bias = self.bias if factor is factors[-1] else None
+            input = convolve(input, factor, bias, own.stride, own.padding, own.dilation, self.groups)
+        return input
 
 
 class FactoredConv1d(_FactoredConv, nn.Conv1d):  # type: ignore[override]
-    """Stands in for a 1-D convolution: k to rank channels, then 1."""
+    """Stands in for a 1-D convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``[batch, channels, length]``."""
@@ -212,7 +222,7 @@ class FactoredConv1d(_FactoredConv, nn.Conv1d):  # type: ignore[override]
 
 
 class FactoredConv2d(_FactoredConv, nn.Conv2d):  # type: ignore[override]
-    """Stands in for a 2-D convolution: k x k to rank channels, then 1 x 1."""
+    """Stands in for a 2-D convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``[batch, channels, height, width]``."""
@@ -220,7 +230,7 @@ class FactoredConv2d(_FactoredConv, nn.Conv2d):  # type: ignore[override]
 
 
 class FactoredConv3d(_FactoredConv, nn.Conv3d):  # type: ignore[override]
-    """Stands in for a 3-D convolution: k x k x k to rank channels, then 1 x 1 x 1."""
+    """Stands in for a 3-D convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``[batch, channels, depth, height, width]``."""

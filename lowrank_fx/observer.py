@@ -25,9 +25,10 @@ def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[s
 
     Then the widest taps move to Frequent Directions first; taps of one width move together, so that the sketches of a
     weight that is applied twice can be merged. Their size comes from an equal share of what the exact taps leave of the
-    memory (a state and its buffer hold 2 l d numbers of 8 bytes), and is at least ``MIN_SKETCH``. Taps of at most twice
-    that width stay exact, because no sketch of them would be smaller. ``memory`` is exceeded only where the least sizes
-    do not fit. A tap of g groups counts as g taps of the width of one group.
+    memory (a sketch of l rows holds at most 16 l d bytes, its buffer and co-sketches among them), and is at least
+    ``MIN_SKETCH``. Taps of at most twice that width stay exact, because no sketch of them would be smaller: the exact
+    state holds 8 d^2 bytes. ``memory`` is exceeded only where the least sizes do not fit. A tap of g groups counts as
+    g taps of the width of one group.
     """
     taps = list(taps)
     widths = {tap.name: tap.width // tap.groups for tap in taps}
@@ -70,10 +71,26 @@ class TapObserver(nn.Module):
         self.fan_out = fan_out
         self.recorder = recorder
         self.first_rows: int | None = None
+        self.first_space: tuple[int, ...] = ()
         self.layers = ""
 
     def forward(self, activation: Tensor) -> None:
         """Sketch a sample of the activation's rows."""
+        rows, _ = self.sampled(activation)
+        try:
+            self.sketch.update(rows)
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {self.recorder.index}: the input of {self.layers}: {error}") from error
+
+    def sampled(self, activation: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of one batch that are sketched, and their places among all rows of the activation.
+
+        Args:
+            activation: the tap's value.
+
+        Returns:
+            The rows ``[n, width]``, and int64 ``[n]``, ascending, on the activation's device.
+        """
         patch = self.tap.patch
         if activation.layout is not torch.strided:
             activation = activation.to_dense()
@@ -85,13 +102,12 @@ class TapObserver(nn.Module):
             rows = rows if index.numel() == total else rows[index]
         else:
             total = patch.rows(activation)
-            rows = patch.extract(activation, self._sample(total, None).to(activation.device))
+            index = self._sample(total, None).to(activation.device)
+            rows = patch.extract(activation, index)
         if self.first_rows is None:
             self.first_rows = total
-        try:
-            self.sketch.update(rows)
-        except CalibrationError as error:
-            raise CalibrationError(f"batch {self.recorder.index}: the input of {self.layers}: {error}") from error
+            self.first_space = () if patch is None else tuple(activation.shape[2:])
+        return rows, index
 
     def _lay_out(self, activation: Tensor) -> Tensor:
         """The activation as ``[..., width]``: the groups of ``[..., groups, n, d]`` lie beside each other in a row."""
@@ -105,6 +121,9 @@ class TapObserver(nn.Module):
     def _mask(self, places: torch.Size) -> Tensor | None:
         """The padding mask, where the rows' places are its tokens."""
         mask = self.recorder.mask
+        if mask is not None and self.tap.sequence_first:
+            mask = mask.t()
+            return mask if places in (mask.shape, (mask.numel(),)) else None
         if mask is not None and places == mask.shape[:1]:
             return mask.any(1)  # one row per sequence: pooled
         if mask is None or places.numel() != mask.numel():

@@ -32,6 +32,7 @@ class Tap:
         patch: im2col geometry, or None for rows along the last dimension.
         groups: how many equal parts of a row meet weights of their own; each is sketched by itself.
         reader: name of the first graph node that applies a weight to it; in front of that the activation is final.
+        sequence_first: its rows come position by position (``[T, B, width]``, or that flattened), not batch first.
     """
 
     name: str
@@ -40,15 +41,17 @@ class Tap:
     patch: Patch | None = None
     reader: str = field(default="", compare=False)
     groups: int = 1
+    sequence_first: bool = False
 
 
 @dataclass(frozen=True)
 class SiteCall:
-    """One graph node that applies a site's weight."""
+    """One graph node that applies a site's weight; its rows come in the order of its tap's."""
 
     node: str
     tap: str
     bias: str | None
+    sequence_first: bool = False
 
 
 @dataclass(frozen=True)

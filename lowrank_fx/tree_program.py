@@ -10,7 +10,7 @@ import contextlib
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from lowrank_fx._ambient import seeded
 from lowrank_fx._memory import distinct_numbers
+from lowrank_fx.attention_parts import Parts, adopt, close_attentions, named_parts, open_attentions, watched
 from lowrank_fx.batches import Call
-from lowrank_fx.capture import plain_attention, unwrap
+from lowrank_fx.capture import device_of, plain_attention, unwrap
 from lowrank_fx.errors import CaptureError
 from lowrank_fx.forms import Factors
 from lowrank_fx.graph_program import flop_counter
@@ -36,7 +38,8 @@ from lowrank_fx.modules import (
     stand_in,
     swap,
 )
-from lowrank_fx.program import Factored, Outputs, Program, flat
+from lowrank_fx.program import Factored, Outputs, Program, Trials, flat
+from lowrank_fx.refusal import quiet
 from lowrank_fx.rewrite import own_tensors
 from lowrank_fx.sites import Site, SiteTable, Tap
 from lowrank_fx.tree_sites import find_sites
@@ -66,8 +69,22 @@ class TreeProgram(Program):
         self.notes = notes
 
     @classmethod
-    def from_model(cls, model: nn.Module, notes: tuple[str, ...] = ()) -> TreeProgram:
+    def from_model(
+        cls,
+        model: nn.Module,
+        notes: tuple[str, ...] = (),
+        *,
+        example: Call | None = None,
+        known: Collection[str] = (),
+    ) -> TreeProgram:
         """Take a model as its module tree; the model stays as it is.
+
+        Args:
+            model: the model.
+            notes: what the user should know.
+            example: a call that shows how attentions are called, so that they can be opened; without it they stay
+                closed, except those that ``known`` tells of.
+            known: names of weights that were found when the same model was taken before.
 
         Raises:
             CaptureError: the model cannot be copied, or has no modules because it was exported.
@@ -84,6 +101,10 @@ class TreeProgram(Program):
             entry.module.__dict__[entry.attribute] = entry.own
         for module in tree.modules():
             module.training = False  # eval() of an exported graph raises
+        parts = named_parts(tree, known)
+        if example is not None and any(isinstance(module, nn.MultiheadAttention) for module in tree.modules()):
+            parts = _called(tree, example)
+        cleanup = (*cleanup, *open_attentions(tree, parts))
         return cls(tree, hooks, cleanup, notes)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,12 +149,15 @@ class TreeProgram(Program):
             self.run(call)
         return int(counter.get_total_flops())
 
-    def trials(self, call: Call, sites: Sequence[Site]) -> Iterator[tuple[Site, Callable[[Factors], Outputs]]]:
+    def trials(self, call: Call, sites: Sequence[Site], base: Factored | None = None) -> Trials:
         """One whole run per trial: nothing is known of what runs behind a layer."""
         for site in sites:
 
-            def trial(factors: Factors, site: Site = site) -> Outputs:
-                return self.exchanged({site.name: (site, factors)})(call)
+            def trial(factors: Factors | None, site: Site = site) -> Outputs:
+                changed = {name: own for name, own in (base or {}).items() if name != site.name}
+                if factors is not None:
+                    changed[site.name] = (site, factors)
+                return self.exchanged(changed)(call)
 
             yield site, trial
 
@@ -162,9 +186,11 @@ class TreeProgram(Program):
             with contextlib.ExitStack() as stack:
                 for name in nodes:
 
-                    def keep(module: nn.Module, args: object, output: Any, name: str = name) -> None:
-                        if isinstance(output, Tensor):
-                            values[name] = output
+                    def keep(module: nn.Module, args: object, output: Any, name: str = name) -> Any:
+                        if not isinstance(output, Tensor):
+                            return None
+                        values[name] = output
+                        return output.clone()  # the model may write to it
 
                     stack.callback(self.module.get_submodule(name).register_forward_hook(keep).remove)
                 return self.run(call), values
@@ -176,6 +202,9 @@ class TreeProgram(Program):
         tree = _share(self.module)
         for name, module in _stand_ins(tree, factored, trainable=True).items():
             tree = swap(tree, name, module)
+        adopt(tree)
+        if not factored:
+            close_attentions(tree)
         if clone:
             own_tensors(tree)
         for name, hooks in self.hooks.items():
@@ -197,6 +226,7 @@ class TreeProgram(Program):
             first = tree.get_submodule(site.calls[0].node)
             for call in site.calls[1:]:
                 tree.get_submodule(call.node)._parameters["weight"] = first._parameters["weight"]
+        close_attentions(tree)
         own_tensors(tree)
         return self._with(tree)
 
@@ -225,6 +255,15 @@ def _run(module: nn.Module, call: Call) -> Outputs:
     call = call.map(torch.clone)
     with plain_attention():  # the fused kernel passes hooks by, and no one counts its FLOPs
         return flat(module(*call.args, **call.kwargs))
+
+
+def _called(tree: nn.Module, example: Call) -> dict[str, Parts]:
+    """How the attentions of a tree are called, learnt from a run of a copy of it."""
+    probe = _share(tree)
+    # A call that fails here fails in calibration too, where the message names the batch.
+    with watched(probe) as parts, contextlib.suppress(Exception), torch.no_grad(), seeded(device_of(tree)), quiet():
+        _run(probe, example)
+    return parts
 
 
 def _share(model: nn.Module) -> nn.Module:
@@ -281,14 +320,13 @@ def _stand_ins(tree: nn.Module, factored: Factored, *, trainable: bool) -> dict[
         weight = first.weight
         assert isinstance(weight, nn.Parameter)
         wanted = trainable and weight.requires_grad
-        shared = replace(
-            factors,
-            factor_in=nn.Parameter(factors.factor_in.detach(), requires_grad=wanted),
-            factor_out=nn.Parameter(factors.factor_out.detach(), requires_grad=wanted),
-        )
+        parameters: dict[str, Any] = {
+            leaf: nn.Parameter(tensor.detach(), requires_grad=wanted) for leaf, tensor in factors.tensors.items()
+        }
+        shared = replace(factors, **parameters)
         for call in site.calls:
             module = tree.get_submodule(call.node)
-            bias = module._parameters["bias"]
+            bias: Any = module.bias
             if bias is not None and factors.shift is not None:
                 moved = (bias.detach().double() + factors.shift.to(bias.device)).to(bias.dtype)
                 bias = nn.Parameter(moved, requires_grad=trainable and bias.requires_grad)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lowrank_fx.attention import OpenAttention
+from lowrank_fx.attention_parts import closed_because, other_weights, parameter_name
 from lowrank_fx.modules import Layer, read_layer
 from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table
 
@@ -31,12 +33,22 @@ def find_sites(tree: nn.Module, skip: Sequence[str] = ()) -> SiteTable:
     left_alone: list[LeftAlone] = []
     skipped = Skip(skip)
     tables: Counter[int] = Counter()
+    closed: dict[int, str] = {}
     for name, module in tree.named_modules():
         layer = read_layer(module)
+        if isinstance(module, nn.MultiheadAttention) and (reason := closed_because(module)) is not None:
+            closed[id(module.out_proj)] = reason
         if isinstance(layer, Layer):
             groups.setdefault(id(module.weight), []).append((name, module, layer))
+        elif isinstance(module, OpenAttention):
+            for own in other_weights(module):
+                fqn = parameter_name(name, module, own)
+                left_alone.append(
+                    LeftAlone(fqn, skipped.reason(fqn) or "a row that attention adds to its keys or values")
+                )
         elif isinstance(layer, str):
             weights = [own for own, value in module.named_parameters(recurse=False) if value.dim() >= 2] or [""]
+            layer = closed.get(id(module)) or closed_because(module) or layer
             for own in weights:
                 fqn = ".".join(part for part in (name, own) if part)
                 left_alone.append(LeftAlone(site_name(fqn), skipped.reason(fqn) or layer))
@@ -46,7 +58,7 @@ def find_sites(tree: nn.Module, skip: Sequence[str] = ()) -> SiteTable:
     taps: list[Tap] = []
     for key, members in groups.items():
         name, module, layer = members[0]
-        fqn = f"{name}.weight" if name else "weight"
+        fqn = parameter_name(name, module, "weight")
         refusal = skipped.reason(fqn) or _refusal(members, key, tables, owners)
         if refusal is not None:
             left_alone.append(LeftAlone(site_name(fqn), refusal))
@@ -64,10 +76,10 @@ def _make_site(fqn: str, members: list[tuple[str, nn.Module, Layer]], owners: Co
     weight = module.weight
     assert isinstance(weight, Tensor)
     out_features = weight.shape[1] if layer.transposed else weight.shape[0]
-    biases = [member._parameters.get("bias") for _, member, _ in members]
+    biases = [getattr(member, "bias", None) for _, member, _ in members]
     calls = tuple(
-        SiteCall(name, f"{name} input", None if bias is None else (f"{name}.bias" if name else "bias"))
-        for (name, _, _), bias in zip(members, biases, strict=True)
+        SiteCall(name, f"{name} input", None if bias is None else parameter_name(name, member, "bias"))
+        for (name, member, _), bias in zip(members, biases, strict=True)
     )
     return Site(
         name=site_name(fqn),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,10 @@ from torch.utils import _pytree as pytree
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture, plain_attention
 from lowrank_fx.graph_program import GraphProgram
+from lowrank_fx.grouped_sketch import make_sketch
+from lowrank_fx.observer import Recorder, TapObserver
+from lowrank_fx.pipeline import take
+from lowrank_fx.refine_loss import sites_loss
 from lowrank_fx.tree_program import TreeProgram
 
 ATTENTION = ("self_attn.in_proj_weight", "self_attn.out_proj")
@@ -124,7 +128,7 @@ def test_attention(
     assert captured(model, *tensors) == names
 
 
-def test_in_a_tree_the_feed_forward_layers_are_sites_and_the_projections_say_why_not() -> None:
+def test_in_a_tree_no_batch_no_opening_and_the_projections_say_why_not() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     program = TreeProgram.from_model(model)
     table = program.find_sites()
@@ -134,3 +138,55 @@ def test_in_a_tree_the_feed_forward_layers_are_sites_and_the_projections_say_why
     call = Call((rows(4, 5, 16),), {})
     graph = GraphProgram.from_capture(capture(model, call))
     assert program.count_flops(call) == graph.count_flops(call), "the fused kernel would hide them"
+
+
+class Masked(nn.Module):
+    """Attention behind a padding mask; ``nn.MultiheadAttention`` turns its rows to position first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        padding = attention_mask == 0
+        result: Tensor = self.last(self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0])
+        return result
+
+
+@pytest.mark.parametrize("positions", [5, 4])  # as many as there are sentences: only their names tell them apart
+@pytest.mark.parametrize("way", ["export", "modules"])
+def test_padding_is_left_out_where_rows_come_position_first(positions: int, way: Literal["export", "modules"]) -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+    mask = torch.ones(4, positions, dtype=torch.long)
+    mask[0, 1:], mask[2, 2:] = 0, 0
+    x = rows(4, positions, 16)
+    x[mask == 0] = 100.0
+    call = Call((x, mask), {}, mask.bool())
+    # Another number of positions for the example, so that both sizes stay symbols.
+    program = take(model, Call((rows(3, 7, 16), torch.ones(3, 7, dtype=torch.long)), {}), way)
+    table = program.find_sites()
+    recorder = Recorder(0)
+    recorder.start(0, call.mask)
+    observers = {
+        name: TapObserver(tap, make_sketch(tap.width, 1, None, torch.device("cpu")), 16, recorder)
+        for name, tap in table.taps.items()
+    }
+    with torch.no_grad():
+        program.observed(table, observers)(call)
+    seen = {site.name: observers[site.calls[0].tap].sketch for site in table.sites}
+    real = x[mask == 1].double()
+    assert torch.allclose(
+        seen["attention.in_proj_weight"].parts[0].gram(centered=False), real.t() @ real, rtol=1e-5, atol=1e-4
+    )
+    assert all(sketch.rows == int(mask.sum()) for sketch in seen.values())
+    # The error of what refinement compares, and of what refitting fits, leaves out the same rows.
+    turned = {call.node for site in table.sites for call in site.calls if call.sequence_first}
+    node = next(site.calls[0].node for site in table.sites if site.name == "attention.in_proj_weight")
+    assert (node in turned) == (way == "export")
+    with torch.no_grad():
+        values = program.probed([node])(call)[1]
+    worse = {node: values[node] * (1.0 + (values[node].abs() > 20))}  # only what padding feeds is that large
+    assert float(sites_loss(worse, values, call.mask, turned)) == 0
+    assert float(sites_loss(worse, values, None)) > 0.1

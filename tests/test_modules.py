@@ -14,7 +14,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.forms import Channel, Factors, LowRank
 from lowrank_fx.modules import (
     FactoredConv2d,
     FactoredLinear,
@@ -102,7 +102,7 @@ def factors_of(site: Site, like: Tensor, seed: int = 0) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(site.groups * RANK, site.in_features, generator=generator, dtype=torch.float64)
     second = torch.randn(site.out_features, RANK, generator=generator, dtype=torch.float64)
-    form = next(form for form in FORMS.values() if form.applies(site))
+    form = Channel() if site.patch is not None else LowRank()
     made = form.assemble(site, first.to(like.dtype) / site.in_features**0.5, second.to(like.dtype) / RANK**0.5, None)
     return Factors(nn.Parameter(made.factor_in), nn.Parameter(made.factor_out), None, made.groups)
 

@@ -16,7 +16,7 @@ import lowrank_fx
 from lowrank_fx import Keep
 from lowrank_fx.batches import Call
 from lowrank_fx.errors import CaptureError, OptionError
-from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.forms import Channel, Factors, LowRank
 from lowrank_fx.hooks import ATTRIBUTES
 from lowrank_fx.modules import FactoredLinear, is_stand_in
 from lowrank_fx.pipeline import take
@@ -88,7 +88,7 @@ def factors_for(program: TreeProgram, site: Site, rank: int = 4, seed: int = 0) 
     first = torch.cat([s[:rank, None] * vh[:rank] for _, s, vh in parts]).float()
     second = torch.cat([u[:, :rank] for u, _, _ in parts]).float()
     shift = torch.linspace(-0.1, 0.1, site.out_features, dtype=torch.float64) if site.centered else None
-    form = next(form for form in FORMS.values() if form.applies(site))
+    form = Channel() if site.patch is not None else LowRank()
     return form.assemble(site, first, second, shift)
 
 
