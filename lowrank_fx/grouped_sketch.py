@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank_fx.errors import CalibrationError, OptionError, StorageError
-from lowrank_fx.sketch import FrequentDirections, checked_rows
+from lowrank_fx.moments import checked_rows
+from lowrank_fx.sketch import FrequentDirections
 
 
 class GroupedSketch:

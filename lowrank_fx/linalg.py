@@ -57,7 +57,9 @@ def psd_root(gram: Tensor) -> Tensor:
     return (vectors[:, :positive] * values[:positive].sqrt()).T.contiguous()
 
 
-def output_spectrum(weight: Tensor, *, gram: Tensor | None = None, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def output_spectrum(
+    weight: Tensor, *, gram: Tensor | None = None, root: Tensor | None = None, ridge: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Left singular vectors and squared singular values of W B^T, for B^T B the Gram matrix of a layer's inputs.
 
     With U_k the first k columns, W' = U_k U_k^T W minimises |(W - W') B^T|_F over all W' of rank k, and the squared
@@ -71,10 +73,11 @@ def output_spectrum(weight: Tensor, *, gram: Tensor | None = None, root: Tensor 
         weight: W [m, d], any floating dtype.
         gram: B^T B [d, d]; give this or ``root``.
         root: B [l, d].
+        ridge: c, for B^T B + c I in place of B^T B.
 
     Returns:
-        basis [m, q], float64, orthonormal columns; energies [q], float64, descending and non-negative; q = min(m, d)
-        for ``gram`` and min(m, l, d) for ``root``.
+        basis [m, q], float64, orthonormal columns; energies [q], float64, descending and non-negative; q = min(m, l, d)
+        for ``root`` without a ridge, min(m, d) otherwise.
 
     Raises:
         ValueError: both or neither of ``gram`` and ``root`` are given.
@@ -86,17 +89,21 @@ def output_spectrum(weight: Tensor, *, gram: Tensor | None = None, root: Tensor 
     rows, columns = weight.shape
     if root is not None:
         root = root.to(torch.float64)
-        if root.shape[0] < min(rows, columns):
+        if root.shape[0] < min(rows, columns) and ridge == 0:
             outer, inner = torch.linalg.qr(weight @ root.T)
             values, vectors = symmetric_eigen(inner @ inner.T)
             return outer @ vectors, values.clamp(min=0)
         if rows <= columns:
             output = weight @ root.T
-            values, vectors = symmetric_eigen(output @ output.T)
+            values, vectors = symmetric_eigen(output @ output.T + ridge * (weight @ weight.T))
             return vectors, values.clamp(min=0)
-        gram = root.T @ root
+        outer, inner = torch.linalg.qr(weight)
+        output = inner @ root.T
+        values, vectors = symmetric_eigen(output @ output.T + ridge * (inner @ inner.T))
+        return outer @ vectors, values.clamp(min=0)
     assert gram is not None
-    gram = gram.to(torch.float64)
+    gram = gram.to(torch.float64, copy=True)
+    gram.diagonal().add_(ridge)
     if rows <= columns:
         values, vectors = symmetric_eigen(weight @ gram @ weight.T)
         return vectors, values.clamp(min=0)
