@@ -156,6 +156,23 @@ def optimize(
             rich_help_panel="Target (at most one)",
         ),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Cheapest plan whose metric drops by at most --max-drop: a function from the model to a number, the "
+            "higher the better.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DROP",
+            help="How much lower the metric may be than the original's, in its own unit, such as 0.01.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = None,
     of: Annotated[
         Scope | None,
         typer.Option(
@@ -188,7 +205,7 @@ def optimize(
     from lowrank_fx import pipeline
     from lowrank_fx.origin import Origin, named_batches, named_model, write_origin
 
-    target = _target(tolerance, keep_params, keep_flops, of)
+    target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop)
     made = pipeline.optimize(
         named_model(model, "MODULE:FACTORY"),
         named_batches(data, "--data"),
@@ -326,21 +343,37 @@ def _write(path: Path, page: str) -> None:
 # ---- what the options name -------------------------------------------------------------------------------------------
 
 
-def _target(tolerance: float | None, params: float | None, flops: float | None, of: Scope | None) -> Target:
+def _target(
+    tolerance: float | None,
+    params: float | None,
+    flops: float | None,
+    of: Scope | None,
+    metric: str | None,
+    max_drop: float | None,
+) -> Target:
     """The one target of a command line.
 
     Raises:
-        OptionError: more than one is given, or ``--of`` without a share.
+        OptionError: more than one is given, ``--of`` without a share, or one of ``--metric`` and ``--max-drop`` alone.
         TargetError: a value is not legal.
     """
-    from lowrank_fx.targets import Keep, Tolerance
+    from lowrank_fx.origin import resolve
+    from lowrank_fx.targets import Keep, Metric, Tolerance
 
     options = {"--tolerance": tolerance, "--keep-params": params, "--keep-flops": flops}
     given = [f"{name} {value:g}" for name, value in options.items() if value is not None]
+    if metric is not None:
+        given.append(f"--metric {metric}")
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)}: give one target, not {len(given)}")
+    if max_drop is not None and metric is None:
+        raise OptionError(f"--max-drop {max_drop:g} says how much a metric may drop; use it with --metric")
     if params is None and flops is None:
         if of is not None:
             raise OptionError(f"--of {of.value} says what a share counts; use it with --keep-params or --keep-flops")
+        if metric is not None:
+            if max_drop is None:
+                raise OptionError(f"--metric {metric} needs --max-drop DROP: how much lower it may be, such as 0.01")
+            return Metric(resolve(metric, "--metric"), max_drop)
         return Tolerance() if tolerance is None else Tolerance(tolerance)
     return Keep(params=params, flops=flops, of=of.value if of is not None else "model")

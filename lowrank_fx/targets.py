@@ -1,13 +1,19 @@
-"""What a user asks for: :class:`Tolerance` (how much error is allowed) or :class:`Keep` (how much may remain).
+"""What a user asks for.
 
-A target is a frozen value with a versioned JSON form; the planner turns it into ranks.
+:class:`Tolerance` says how much error is allowed, :class:`Keep` how much may remain, :class:`Metric` how much a measure
+of the user's own may drop. A target is a frozen value with a versioned JSON form; the planner turns it into ranks.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
+
+import numpy as np
+from torch import Tensor, nn
 
 from lowrank_fx.errors import TargetError
 
@@ -92,11 +98,144 @@ class Keep:
         return {"type": "keep", "quantity": self.quantity, "share": self.share, "of": self.of}
 
 
-Target: TypeAlias = Tolerance | Keep
+@dataclass(frozen=True)
+class Metric:
+    """The cheapest plan found under which a metric of the user's own drops by at most ``max_drop``.
+
+    The original is scored first, then plans that a search proposes, each one once and with the very factors that would
+    be returned; one that drops the metric by more is never returned. ``fn`` should measure on data that was not
+    calibrated on. Two metrics are equal if all that JSON keeps of them is: the function counts by its name.
+
+    Args:
+        fn: a function from a model to its metric. It gets an ``nn.Module`` that is called like the user's model (eager,
+            under ``torch.no_grad``, random numbers seeded alike every time) and owns its tensors, and returns a finite
+            number; a tensor or array of one element is one.
+        max_drop: how much worse the metric may be than the original's, in its own unit (not a share); 0 or more.
+        of: what is made small, ``"flops"`` or ``"params"``.
+        evaluations: how often ``fn`` is called at most, the call for the original included; 2 or more.
+        higher_is_better: False for a metric that falls as a model gets better, such as perplexity.
+
+    Attributes:
+        name: the function's qualified name, with its module.
+
+    Raises:
+        TargetError: an argument is not legal.
+    """
+
+    fn: Callable[[nn.Module], object] = field(repr=False, compare=False)
+    max_drop: float
+    _: KW_ONLY
+    of: Quantity = "flops"
+    evaluations: int = 12
+    higher_is_better: bool = True
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn) or isinstance(self.fn, nn.Module):
+            raise TargetError(
+                f"Metric({self.fn!r}): give a function from a model to a number, as in Metric(accuracy, max_drop=0.01)"
+            )
+        object.__setattr__(self, "name", _qualified_name(self.fn))
+        if not _is_number(self.max_drop) or self.max_drop < 0:
+            raise TargetError(
+                f"Metric({self._short}, max_drop={self.max_drop!r}): the drop must be a finite number, 0 or more, "
+                "in the metric's own unit, such as 0.01"
+            )
+        if self.of not in get_args(Quantity):
+            raise TargetError(f"Metric(of={self.of!r}): the legal values are 'flops' and 'params'")
+        if not isinstance(self.evaluations, int) or isinstance(self.evaluations, bool) or self.evaluations < 2:
+            raise TargetError(
+                f"Metric(evaluations={self.evaluations!r}): give a whole number of at least 2; the original takes one"
+            )
+        if not isinstance(self.higher_is_better, bool):
+            raise TargetError(f"Metric(higher_is_better={self.higher_is_better!r}): give True or False")
+
+    @property
+    def quantity(self) -> Quantity:
+        """What is made small: ``"params"`` or ``"flops"``."""
+        return self.of
+
+    def drop(self, before: float, after: float) -> float:
+        """How much worse ``after`` is than ``before``, in the metric's own unit; negative where it is better."""
+        return before - after if self.higher_is_better else after - before
+
+    def holds(self, before: float, after: float) -> bool:
+        """Whether ``after`` is within the drop; what a sum of two floats rounds away does not count."""
+        rounding = 2 * np.finfo(np.float64).eps * max(abs(before), abs(after), self.max_drop)
+        return bool(self.drop(before, after) <= self.max_drop + rounding)
+
+    def score(self, model: nn.Module, plan: str) -> float:
+        """The metric of a model.
+
+        Args:
+            model: what ``fn`` is called with.
+            plan: what the model is, in words, for messages.
+
+        Raises:
+            TargetError: ``fn`` raised an error, or returned something other than a finite number.
+        """
+        try:
+            value = self.fn(model)
+        except TargetError:  # a metric that was read from JSON says so itself
+            raise
+        except Exception as error:
+            raise TargetError(f"the metric {self.name} failed for {plan}: {type(error).__name__}: {error}") from error
+        # Arrays and tensors are read by what they hold; anything else that offers item() is not known to be a number.
+        one = isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1
+        number = value.item() if one else value  # type: ignore[attr-defined]
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise TargetError(
+                f"the metric {self.name} returned {value!r:.80} for {plan}; it must return a finite number"
+            )
+        return float(number)
+
+    @property
+    def _short(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    def __str__(self) -> str:
+        given = [self._short, f"max_drop={self.max_drop:g}"]
+        if self.of != "flops":
+            given.append(f'of="{self.of}"')
+        if self.evaluations != 12:
+            given.append(f"evaluations={self.evaluations}")
+        if not self.higher_is_better:
+            given.append("higher_is_better=False")
+        return f"Metric({', '.join(given)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The target as JSON data; of the function only its name."""
+        return {
+            "type": "metric",
+            "fn": self.name,
+            "max_drop": self.max_drop,
+            "of": self.of,
+            "evaluations": self.evaluations,
+            "higher_is_better": self.higher_is_better,
+        }
+
+
+@dataclass(frozen=True)
+class _NameOnly:
+    """Stands for the function of a metric that was read from JSON."""
+
+    name: str
+
+    def __call__(self, model: nn.Module) -> NoReturn:
+        """Raise :class:`TargetError`: the function itself is not known."""
+        raise TargetError(
+            f"the metric {self.name} was read from JSON, which keeps its name alone; give the function again, as in "
+            f"Metric({self.name.rpartition('.')[2]}, max_drop=...)"
+        )
+
+
+Target: TypeAlias = Tolerance | Keep | Metric
 
 
 def target_from_json(data: Any) -> Target:
-    """Read a target back from :meth:`Tolerance.to_json` or :meth:`Keep.to_json`.
+    """Read a target back from :meth:`Tolerance.to_json`, :meth:`Keep.to_json` or :meth:`Metric.to_json`.
+
+    A metric comes back without its function: it prints and compares, but scoring with it raises ``TargetError``.
 
     Raises:
         TargetError: the data is not of that form.
@@ -106,9 +245,12 @@ def target_from_json(data: Any) -> Target:
             return Tolerance(data["error"])
         if data["type"] == "keep" and data["quantity"] in ("params", "flops"):
             return Keep(**{data["quantity"]: data["share"]}, of=data["of"])
+        if data["type"] == "metric" and isinstance(data["fn"], str):
+            options = {name: data[name] for name in ("of", "evaluations", "higher_is_better")}
+            return Metric(_NameOnly(data["fn"]), data["max_drop"], **options)
     except (TypeError, KeyError) as error:
         raise TargetError(f"not a target: {data!r} ({error})") from error
-    raise TargetError(f"not a target: {data!r}; known types are 'tolerance' and 'keep'")
+    raise TargetError(f"not a target: {data!r}; known types are 'tolerance', 'keep' and 'metric'")
 
 
 def check_target(target: object) -> Target:
@@ -117,10 +259,23 @@ def check_target(target: object) -> Target:
     Raises:
         TargetError: it is something else, such as a bare number.
     """
-    if isinstance(target, Tolerance | Keep):
+    if isinstance(target, Tolerance | Keep | Metric):
         return target
-    raise TargetError(f"target={target!r} is not a target; use Tolerance(0.1), Keep(params=0.5) or Keep(flops=0.5)")
+    raise TargetError(
+        f"target={target!r} is not a target; use Tolerance(0.1), Keep(params=0.5), Keep(flops=0.5) or "
+        "Metric(accuracy, max_drop=0.01)"
+    )
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _qualified_name(fn: Callable[..., object]) -> str:
+    """Where a function is defined; that of its class for any other callable."""
+    if isinstance(fn, _NameOnly):
+        return fn.name
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    named = fn if hasattr(fn, "__qualname__") else type(fn)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -42,6 +42,13 @@ def make_number():
 
 def fail():
     raise RuntimeError("the disk\\nis full")
+
+def likeness(optimized):
+    rows = fresh[0]
+    return torch.nn.functional.cosine_similarity(optimized(rows), model(rows)).mean()
+
+def broken(optimized):
+    return "good"
 """
 
 
@@ -115,6 +122,35 @@ def test_a_wrong_command_line_is_one_line(
             "--keep-params 1.5",
             "Keep(params=1.5): the share that may remain must be above 0",
         ),
+        ("ZOO:model", "ZOO:batches", "--metric ZOO:likeness", "--metric ZOO:likeness needs --max-drop DROP: how much"),
+        ("ZOO:model", "ZOO:batches", "--max-drop .1", "--max-drop 0.1 says how much a metric may drop; use it with"),
+        ("ZOO:model", "ZOO:batches", "--max-drop .1 --keep-flops .5", "--max-drop 0.1 says how much a metric may drop"),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--metric ZOO:likeness --max-drop .1 --keep-flops .5",
+            "--keep-flops 0.5 and --metric ZOO:likeness: give one target, not 2",
+        ),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--metric ZOO:likeness --max-drop .1 --of model",
+            "--of model says what a share counts",
+        ),
+        ("ZOO:model", "ZOO:batches", "--metric ZOO:other --max-drop .1", "--metric 'ZOO:other': module 'ZOO' has"),
+        ("ZOO:model", "ZOO:batches", "--metric ZOO:number --max-drop .1", "Metric(3): give a function from a model"),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--metric ZOO:likeness --max-drop -1",
+            "Metric(likeness, max_drop=-1.0): the drop",
+        ),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--metric ZOO:broken --max-drop .1 --no-compile",
+            "the metric ZOO.broken returned 'good' for the original; it must return a finite number",
+        ),
         ("ZOO:model", "ZOO:batches", "--tolerance 0", "Tolerance(0.0): the error must be a finite number above 0"),
         ("ZOO:model", "ZOO:batches", "--skip nothing --no-compile", "skip='nothing' matches no weight of this model"),
     ],
@@ -167,7 +203,10 @@ def test_an_interruption_is_no_traceback(
     [
         ([], ["demo", "optimize", "report", "compare", "--version", "--debug", "--install-completion"]),
         (["--help"], ["demo", "optimize", "report", "lowrank-fx demo"]),
-        (["optimize", "-h"], ["MODULE:FACTORY", "--data", "--keep-flops", "Target (at most one)", "Example:"]),
+        (
+            ["optimize", "-h"],
+            ["MODULE:FACTORY", "--data", "--keep-flops", "--metric", "--max-drop", "Target (at most one)", "Example:"],
+        ),
         (["demo", "--help"], ["encoder", "digits", "--out", "demo_out", "lowrank_fx[demo]"]),
         (["compare", "--help"], ["DIR", "--model", "MODULE:FACTORY", "--data", "MODULE:LOADER", "--html"]),
         (["report", "--help"], ["DIR", "--html"]),
@@ -285,6 +324,27 @@ def test_a_model_and_batches_may_be_given_as_they_are(zoo: str, capsys: pytest.C
     assert [site.name for site in plan.factored] == ["2"]
     assert [entry.name for entry in plan.left_alone] == ["0"]
     assert "skipped by the pattern '0'" in capsys.readouterr().out
+
+
+def test_a_metric_is_a_function_of_a_module(
+    zoo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowrank_fx import module
+    from lowrank_fx.latency import PairedTiming
+    from lowrank_fx.storage import read_plan
+
+    monkeypatch.setattr(module, "measure", lambda *_: PairedTiming(1.2, 1.0, 1 / 1.2, 0.0, 7))
+    arguments = f"optimize {zoo}:model --data {zoo}:batches --metric {zoo}:likeness --max-drop 0.3 --no-compile"
+    assert main([*arguments.split(), "--no-progress", "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    plan, _ = read_plan("out")
+    assert plan.metric is not None
+    assert plan.metric.before == pytest.approx(1.0, abs=1e-5)  # float32
+    assert 0.7 - 1e-5 <= plan.metric.after < 1.0
+    assert said.startswith("lowrank_fx: Metric(likeness, max_drop=0.3)\n")
+    assert f"evaluated {plan.metric.evaluations} times of at most 12" in " ".join(said.split())
+    assert main(["report", "out"]) == 0
+    assert capsys.readouterr().out == said
 
 
 def test_the_way_of_capture_is_passed_on(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowrank_fx.planners.problem import Allocator, Pick, Problem, spend
 from lowrank_fx.targets import Quantity
@@ -32,6 +32,11 @@ class Outcome:
     candidate: str
     error: float
     candidates: tuple[tuple[str, float], ...] = ()
+
+    def against(self, other: Outcome) -> Outcome:
+        """The better of two outcomes at one budget, with the candidates of both; this one where they are equal."""
+        best = other if other.error < self.error else self
+        return replace(best, candidates=self.candidates + other.candidates)
 
 
 def by_effect(problem: Problem, quantity: Quantity, budget: int) -> Pick:

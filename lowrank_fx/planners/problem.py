@@ -60,6 +60,10 @@ class Problem:
         """The options of a pick, by site name."""
         return {name: options[index] for (name, options), index in zip(self.options.items(), pick, strict=True)}
 
+    def indices(self, pick: Pick) -> dict[str, int]:
+        """The chosen option's place, by site name."""
+        return dict(zip(self.options, pick, strict=True))
+
     def factored(self, pick: Pick) -> dict[str, tuple[str, int]]:
         """Form and rank of each site that a pick factors."""
         chosen = self.chosen(pick)
