@@ -51,7 +51,7 @@ def check_outputs(output: Any, mask: torch.Tensor | None = None) -> None:
         CalibrationError: it has no floating tensor, or one of them holds NaN, or nothing finite.
     """
     for position, tensor in enumerate(floating_outputs(output)):
-        real = _without_padding(tensor, mask)
+        real = without_padding(tensor, mask)
         which = f"floating output {position}, {describe(tensor)}"
         if real.numel() and not bool(real.isfinite().any()):
             raise CalibrationError(f"the model's output has no finite value ({which})")
@@ -97,7 +97,7 @@ class ErrorSum:
                     f"floating output {position} of {len(values)} has shape {list(value.shape)}, but the reference has "
                     f"{list(expected.shape)}; both must come from the same batch"
                 )
-            value, expected = _without_padding(value, mask), _without_padding(expected, mask)
+            value, expected = without_padding(value, mask), without_padding(expected, mask)
             error, size = _squares(value.detach(), expected.detach(), position)
             self._error_squares += error
             self._reference_squares += size
@@ -136,7 +136,8 @@ def relative_error(output: Any, reference: Any, mask: torch.Tensor | None = None
     return total.relative
 
 
-def _without_padding(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def without_padding(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The part of an output that errors are measured on: what is not padding; see :meth:`ErrorSum.add`."""
     if mask is None or value.dim() == 0 or value.shape[0] != mask.shape[0]:
         return value
     real = mask.to(value.device)

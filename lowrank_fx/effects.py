@@ -3,7 +3,17 @@
 The *effect* of a site at a form and rank is the relative L2 error of the model's outputs when that site alone is
 replaced. It is measured at a few ranks, and read off between them through the site's own error: log effect against log
 error, monotone. One rank is not enough: behind a pooling layer the first error directions average away and the last
-ones do not, so no single measurement extrapolates.
+ones do not, so no single measurement extrapolates. Where the curve is straight three ranks are enough, so the first
+batch decides: between two ranks more are measured only where the one in the middle was not where it was expected.
+
+A site has several *variants*: forms, and of the output forms also the basis that output gradients choose. A variant
+stays in the race, and is measured at length, only while
+
+- its site error at equal cost is at most ``WORST_ERROR`` times the least of those measured so far (else it is not
+  measured at all), and
+- at one of two ranks its effect is below ``WORST_EFFECT`` times the least at equal cost.
+
+What leaves the race is not on offer. The first variant, the plain output form, never leaves it.
 
 Nothing is rewritten for it: a program gives its outputs with one site exchanged. A graph is walked once per batch and
 forks at each site, so that only the part behind the site runs again; a module tree runs as a whole.
@@ -13,7 +23,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,42 +31,65 @@ from torch import Tensor
 
 from lowrank_fx._ambient import seeded
 from lowrank_fx._progress import Progress
+from lowrank_fx.batches import Call
 from lowrank_fx.cache import CachedBatch
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import ErrorSum
+from lowrank_fx.double_sided import GRADIENT, ObliqueCurve, double_sided, oblique_factors, split_variant, variant
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import FORMS, ErrorCurve, Factors, forms_for
-from lowrank_fx.program import Factored, Program
+from lowrank_fx.forms.output import OutputForm
+from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.program import Factored, Outputs, Program
 from lowrank_fx.sites import Site, SiteTable
 
 EFFECT_FLOPS = 2.0e12
 """Work allowed for measuring effects; it sets how many rows of the cached batches are used."""
 
 MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
-"""Where on a site's range of ranks its effect is measured."""
+"""Where on a site's range of ranks its effect is measured at most."""
+
+STRAIGHT = 1.1
+"""An effect within this ratio of the one expected from its neighbours is where a straight curve would be."""
+
+WORST_ERROR, WORST_EFFECT = 3.0, 1.1
+"""How far behind the best at equal cost a variant may be before it leaves the race."""
+
+EXPECTED_FORKS = 5
+"""Measurements that a variant takes on average, for planning the work."""
 
 MIN_EFFECT_ROWS = 16
 
 
 @dataclass(frozen=True)
 class SiteCurves:
-    """A site with its weight, its input's mean, and an error curve per form."""
+    """A site with its weight, the sketch of its input, and an error curve per variant (a form, or form@basis)."""
 
     site: Site
     weight: Tensor
-    mean: Tensor
+    sketch: Sketch
     forms: Mapping[str, ErrorCurve]
 
     def factors(self, form: str, rank: int) -> Factors:
-        """The factors at one rank of one form.
+        """The factors at one rank of one variant.
 
         Raises:
             PlanError: the form or the rank is not on offer.
         """
         curve = self.forms.get(form)
-        if curve is None or not 1 <= rank <= curve.basis.shape[1]:
+        if curve is None or not 1 <= rank <= curve.ranks[-1]:
             raise PlanError(f"{self.site.name}: form {form!r} at rank {rank} is not on offer")
-        return FORMS[form].factor(self.site, self.weight, curve, rank, self.mean)
+        plain = FORMS[split_variant(form)[0]]
+        if isinstance(curve, ObliqueCurve):
+            assert isinstance(plain, OutputForm)
+            return oblique_factors(plain, self.site, self.weight, curve, rank, self.sketch)
+        return plain.factor(self.site, self.weight, curve, rank, self.sketch)
+
+    def error_at(self, form: str, params: int) -> float | None:
+        """The site's error at the largest rank of a variant that has at most ``params`` weights; None if none has."""
+        plain, curve = FORMS[split_variant(form)[0]], self.forms[form]
+        ranks = [rank for rank in curve.ranks if plain.params(self.site, rank) <= params]
+        return curve.error(ranks[-1]) if ranks else None
 
 
 @dataclass(frozen=True)
@@ -95,19 +128,33 @@ def error_curves(
     calibration: Calibration,
     forms: Sequence[str] | None = None,
     progress: bool = True,
+    gradients: Mapping[str, Sketch] | None = None,
 ) -> dict[str, SiteCurves]:
-    """The error curves of every site that calibration reached, by site name."""
+    """The error curves of every site that calibration reached, by site name.
+
+    Args:
+        program: the captured model.
+        table: its sites and taps.
+        calibration: its sketches are used.
+        forms: those that may be used (default: all).
+        progress: show a progress bar.
+        gradients: at the sites' outputs, from :func:`~lowrank_fx.gradients.output_gradients`; where there are some, the
+            output forms come in their basis too.
+    """
     found: dict[str, SiteCurves] = {}
     with Progress("spectra", len(table.sites), progress) as bar:
         for site in table.sites:
             sketch = calibration.sketch_of(table, site)
             weight = program.weight(site)
             if sketch is not None:
-                curves = {
-                    form.name: form.curve(site, weight, sketch) for form in forms_for(site, forms) if form.ranks(site)
-                }
+                offered = [form for form in forms_for(site, forms) if form.ranks(site)]
+                curves = {form.name: form.curve(site, weight, sketch) for form in offered}
+                own = (gradients or {}).get(site.name)
+                for form in offered:
+                    if own is not None and isinstance(form, OutputForm):
+                        curves[variant(form.name, GRADIENT)] = double_sided(form, site, weight, sketch, own)
                 if curves:
-                    found[site.name] = SiteCurves(site, weight, sketch.mean, curves)
+                    found[site.name] = SiteCurves(site, weight, sketch, curves)
             bar.advance(note=site.name)
     return found
 
@@ -115,7 +162,7 @@ def error_curves(
 def measure_effects(
     program: Program, curves: Mapping[str, SiteCurves], calibration: Calibration, progress: bool = True
 ) -> dict[tuple[str, str], EffectCurve]:
-    """Measure the effect of every site and form at the ranks of ``MEASURED_SHARES``.
+    """Measure the effect of every site and variant, at the ranks where its curve bends.
 
     Args:
         program: the captured model.
@@ -124,35 +171,158 @@ def measure_effects(
         progress: show a progress bar for work over two seconds.
 
     Returns:
-        An effect curve per (site name, form name).
+        An effect curve per (site name, variant); variants that left the race have none.
     """
-    ranks = {
-        (name, form): _measured_ranks(curve.ranks)
-        for name, entry in curves.items()
-        for form, curve in entry.forms.items()
-    }
-    sums: dict[tuple[str, str, int], ErrorSum] = {
-        (name, form, rank): ErrorSum() for (name, form), chosen in ranks.items() for rank in chosen
-    }
-    batches = _affordable(program, calibration, len(sums))
+    batches = affordable(
+        program, calibration, EXPECTED_FORKS * sum(len(entry.forms) for entry in curves.values()), EFFECT_FLOPS
+    )
     sites = [entry.site for entry in curves.values()]
-    with torch.no_grad(), Progress("effects", len(sums) * len(batches), progress) as bar:
+    races: dict[str, _Race] = {}
+    with torch.no_grad(), Progress("effects", len(sites) * len(batches), progress) as bar:
         for batch in batches:
             # Every trial goes on with the random numbers that the run of the reference drew from there.
             with seeded(program.device):
                 for site, trial in program.trials(batch.call, sites):
-                    for form in curves[site.name].forms:
-                        for rank in ranks[site.name, form]:
-                            factors = curves[site.name].factors(form, rank)
-                            with seeded(program.device, None):
-                                outputs = trial(factors)
-                            sums[site.name, form, rank].add_trial(outputs, batch.reference, batch.call.mask)
-                            bar.advance(note=site.name)
-    found = {}
-    for (name, form), chosen in ranks.items():
-        curve = curves[name].forms[form]
-        found[name, form] = _monotone([(curve.error(rank), sums[name, form, rank].relative) for rank in chosen])
-    return found
+                    entry = curves[site.name]
+
+                    def measure(
+                        form: str,
+                        rank: int,
+                        total: ErrorSum,
+                        entry: SiteCurves = entry,
+                        trial: Callable[[Factors | None], Outputs] = trial,
+                        batch: CachedBatch = batch,
+                    ) -> None:
+                        with seeded(program.device, None):
+                            outputs = trial(entry.factors(form, rank))
+                        total.add_trial(outputs, batch.reference, batch.call.mask)
+
+                    if site.name in races:
+                        for (form, rank), total in races[site.name].sums.items():
+                            measure(form, rank, total)
+                    else:
+                        races[site.name] = _Race(entry, measure)
+                        races[site.name].run()
+                    bar.advance(note=site.name)
+    return {
+        (name, form): race.curve(form) for name, race in races.items() for form in race.entry.forms if race.has(form)
+    }
+
+
+class _Race:
+    """The variants of one site on the first batch: which of them are measured, and at which ranks.
+
+    Args:
+        entry: the site.
+        measure: adds the outputs' error at one variant and rank to a sum.
+    """
+
+    def __init__(self, entry: SiteCurves, measure: Callable[[str, int, ErrorSum], None]) -> None:
+        self.entry = entry
+        self.measure = measure
+        self.sums: dict[tuple[str, int], ErrorSum] = {}
+
+    def run(self) -> None:
+        """Measure every variant for as long as it is in the race."""
+        for form, curve in self.entry.forms.items():
+            ladder = _measured_ranks(curve.ranks)
+            middle = len(ladder) // 2
+            heats = [ladder[middle], ladder[middle // 2]]
+            if not self.sums or (self._promises(form, heats) and any(self._holds(form, rank) for rank in heats)):
+                self._explore(form, ladder)
+            else:
+                for rank in heats:
+                    self.sums.pop((form, rank), None)
+
+    def has(self, form: str) -> bool:
+        """Whether a variant is still in the race."""
+        return any(measured == form for measured, _ in self.sums)
+
+    def curve(self, form: str) -> EffectCurve:
+        """The effects that were measured of one variant."""
+        errors = self.entry.forms[form]
+        return _monotone(
+            [(errors.error(rank), total.relative) for (own, rank), total in self.sums.items() if own == form]
+        )
+
+    def _effect(self, form: str, rank: int) -> float:
+        if (form, rank) not in self.sums:
+            self.sums[form, rank] = ErrorSum()
+            self.measure(form, rank, self.sums[form, rank])
+        return self.sums[form, rank].relative
+
+    def _rivals(self, form: str, rank: int) -> list[tuple[float, float]]:
+        """Site error and effect of the other measured variants for the cost of this one."""
+        params = FORMS[split_variant(form)[0]].params(self.entry.site, rank)
+        others = dict.fromkeys(own for own, _ in self.sums if own != form)
+        errors = [(other, self.entry.error_at(other, params)) for other in others]
+        return [(error, self.curve(other).at(error)) for other, error in errors if error is not None]
+
+    def _promises(self, form: str, ranks: Sequence[int]) -> bool:
+        error = self.entry.forms[form].error
+        return any(
+            error(rank) <= WORST_ERROR * min((rival for rival, _ in self._rivals(form, rank)), default=math.inf)
+            for rank in ranks
+        )
+
+    def _holds(self, form: str, rank: int) -> bool:
+        least = min((effect for _, effect in self._rivals(form, rank)), default=math.inf)
+        return self._effect(form, rank) <= WORST_EFFECT * least
+
+    def _explore(self, form: str, ladder: Sequence[int]) -> None:
+        self._effect(form, ladder[0])
+        self._effect(form, ladder[-1])
+        open_spans = [(0, len(ladder) - 1)]
+        while open_spans:
+            low, high = open_spans.pop()
+            middle = (low + high) // 2
+            if middle == low:
+                continue
+            errors = [self.entry.forms[form].error(ladder[place]) for place in (high, middle, low)]
+            ends = _monotone(
+                [(errors[0], self._effect(form, ladder[high])), (errors[2], self._effect(form, ladder[low]))]
+            )
+            expected, found = ends.at(errors[1]), self._effect(form, ladder[middle])
+            if not expected / STRAIGHT <= found <= expected * STRAIGHT:
+                open_spans += [(low, middle), (middle, high)]
+
+
+def measure_joint(
+    program: Program,
+    curves: Mapping[str, SiteCurves],
+    chosen: Mapping[str, tuple[str, int]],
+    instead: Mapping[str, Sequence[tuple[str, int] | None]],
+    batches: Sequence[CachedBatch],
+) -> tuple[float, dict[str, tuple[float, ...]]]:
+    """The error of the model with every chosen site factored, and with one of them changed at a time.
+
+    The factored model is walked once per batch and forks at each site.
+
+    Args:
+        program: the captured model.
+        curves: from :func:`error_curves`.
+        chosen: variant and rank of each site that is factored.
+        instead: what each site is tried with instead, None for dense.
+        batches: with reference outputs.
+
+    Returns:
+        The relative error of the model's outputs, and by site name that of each trial.
+    """
+    base = {name: (curves[name].site, curves[name].factors(*taken)) for name, taken in chosen.items()}
+    sums = {name: [ErrorSum() for _ in tried] for name, tried in instead.items()}
+    sites = [curves[name].site for name in instead]
+    with torch.no_grad():
+        for batch in batches:
+            with seeded(program.device):
+                for site, trial in program.trials(batch.call, sites, base):
+                    for taken, total in zip(instead[site.name], sums[site.name], strict=True):
+                        factors = None if taken is None else curves[site.name].factors(*taken)
+                        with seeded(program.device, None):
+                            outputs = trial(factors)
+                        total.add_trial(outputs, batch.reference, batch.call.mask)
+    return joint_error(program, base, batches), {
+        name: tuple(total.relative for total in totals) for name, totals in sums.items()
+    }
 
 
 def joint_error(program: Program, factored: Factored, batches: Sequence[CachedBatch]) -> float:
@@ -165,11 +335,25 @@ def joint_error(program: Program, factored: Factored, batches: Sequence[CachedBa
     """
     if not factored:
         return 0.0
-    run = program.exchanged(factored)
+    return _error(program.device, program.exchanged(factored), batches)
+
+
+def held_out_error(program: Program, batches: Sequence[CachedBatch]) -> float:
+    """The relative error of a factored program's outputs; infinite where they are not finite.
+
+    Args:
+        program: a factored program.
+        batches: with the original's outputs.
+    """
+    error = _error(program.device, program.run, batches)
+    return error if math.isfinite(error) else math.inf
+
+
+def _error(device: torch.device, run: Callable[[Call], Outputs], batches: Sequence[CachedBatch]) -> float:
     total = ErrorSum()
     with torch.no_grad():
         for batch in batches:
-            with seeded(program.device):
+            with seeded(device):
                 outputs = run(batch.call)
             total.add_trial(outputs, batch.reference, batch.call.mask)
     return total.relative
@@ -180,12 +364,15 @@ def _measured_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({min(ranks, key=lambda rank: (abs(rank - aim), rank)) for aim in wanted} | {ranks[0]}))
 
 
-def _affordable(program: Program, calibration: Calibration, forks: int) -> list[CachedBatch]:
-    """The first rows of each effect batch, so many that all forks (half the graph each) fit the work allowed."""
+def affordable(program: Program, calibration: Calibration, forks: int, work: float) -> list[CachedBatch]:
+    """The first rows of each effect batch, so many that all forks (half the graph each) fit ``work`` FLOPs.
+
+    At least ``MIN_EFFECT_ROWS`` in all, or what there is.
+    """
     batches = calibration.effect_batches
     total = sum(batch.call.batch_size for batch in batches)
     per_row = calibration.flops / max(batches[0].call.batch_size, 1) if batches else 0
-    rows = int(EFFECT_FLOPS / max(forks * per_row / 2, 1.0))
+    rows = int(work / max(forks * per_row / 2, 1.0))
     rows = min(max(rows, MIN_EFFECT_ROWS), total)
     if rows == total:
         return list(batches)

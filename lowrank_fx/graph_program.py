@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lowrank_fx.forms import Factors
 from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
-from lowrank_fx.program import Factored, Outputs, Program
+from lowrank_fx.program import Factored, Outputs, Program, Trials
 from lowrank_fx.signature import CallSignature
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.walk import Walk
@@ -87,19 +87,24 @@ class GraphProgram(Program):
         """FLOPs of the graph on ``call``; nothing is computed."""
         return count_flops(self.module, call)
 
-    def trials(self, call: Call, sites: Sequence[Site]) -> Iterator[tuple[Site, Callable[[Factors], Outputs]]]:
+    def trials(self, call: Call, sites: Sequence[Site], base: Factored | None = None) -> Trials:
         """Walk the graph once; at a site's first call the walk forks, so only the part behind the site runs again."""
         walk = Walk(self.module)
         run = walk.run(call)
+        for site, factors in (base or {}).values():
+            run.exchange(substitutes(self.module, site, factors))
         starts = [(min(walk.position[use.node] for use in site.calls), site) for site in sites]
         for position, site in sorted(starts, key=lambda start: start[0]):
             while run.position < position:
                 run.compute()
                 run.move()
 
-            def trial(factors: Factors, site: Site = site) -> Outputs:
+            def trial(factors: Factors | None, site: Site = site) -> Outputs:
                 fork = run.fork()
-                fork.exchange(substitutes(self.module, site, factors))
+                if factors is not None:
+                    fork.exchange(substitutes(self.module, site, factors))
+                else:
+                    fork.exchange({name: self.module.get_parameter(name) for name in (site.weight, *site.biases)})
                 return fork.finish()
 
             yield site, trial

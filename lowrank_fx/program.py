@@ -29,6 +29,9 @@ Factored: TypeAlias = Mapping[str, tuple[Site, Factors]]
 Outputs: TypeAlias = tuple[Any, ...]
 """A model's outputs as flat leaves."""
 
+Trials: TypeAlias = Iterator[tuple[Site, Callable[[Factors | None], Outputs]]]
+"""Sites, each with a way to run the model with that site changed."""
+
 
 class Program(ABC):
     """A captured model.
@@ -91,11 +94,16 @@ class Program(ABC):
         """FLOPs of one run (2 x MACs, attention included), by torch's flop counter."""
 
     @abstractmethod
-    def trials(self, call: Call, sites: Sequence[Site]) -> Iterator[tuple[Site, Callable[[Factors], Outputs]]]:
-        """For each site that ``call`` reaches: a function that gives the outputs with that site alone factored.
+    def trials(self, call: Call, sites: Sequence[Site], base: Factored | None = None) -> Trials:
+        """For each site that ``call`` reaches: a function that gives the outputs with that site alone changed.
 
-        The function holds until the next one is asked for. Sites come in the order in which they run, where that is
-        known.
+        The function takes the site's factors, or None for its dense weight. It holds until the next one is asked for.
+        Sites come in the order in which they run, where that is known.
+
+        Args:
+            call: the inputs.
+            sites: those to be tried.
+            base: what is factored besides, and what the site itself is where it is not tried; None for nothing.
         """
 
     @abstractmethod

@@ -131,7 +131,7 @@ class Run:
         """Run to the end; the outputs as flat leaves.
 
         Args:
-            wanted: names of nodes whose values are put into ``kept``.
+            wanted: names of nodes whose values are put into ``kept``, as they are before anything is written to them.
             kept: by name.
         """
         result: Any = None
@@ -140,6 +140,8 @@ class Run:
             result = self.compute()
             if kept is not None and name in wanted:
                 kept[name] = result
+                if self.position < self.walk.last_write:
+                    self.values[self.next] = result.clone()
             self.move()
         return tuple(pytree.tree_leaves(result))
 

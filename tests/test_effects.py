@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
 from lowrank_fx.compare import ErrorSum
-from lowrank_fx.effects import EffectCurve, SiteCurves, error_curves, joint_error, measure_effects
+from lowrank_fx.effects import EffectCurve, SiteCurves, error_curves, joint_error, measure_effects, measure_joint
 from lowrank_fx.errors import PlanError
-from lowrank_fx.forms import Factors
+from lowrank_fx.forms import ErrorCurve, Factors
+from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram, run_flat
+from lowrank_fx.grouped_sketch import make_sketch
 from lowrank_fx.rewrite import factorize
-from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.sites import Site, SiteCall, SiteTable
 
 
 class Mixed(nn.Module):
@@ -59,7 +62,10 @@ class Fixture:
         pieces = [Assigned(index, role, Call((batches[index],), {})) for index, role in enumerate(roles)]
         start = blank(self.program, self.table, self.model, example)
         self.calibration: Calibration = run_calibration(self.program, self.table, pieces, start, progress=False)
-        self.curves: dict[str, SiteCurves] = error_curves(self.program, self.table, self.calibration, progress=False)
+        gradients = output_gradients(self.program, self.table, self.calibration, progress=False)
+        self.curves: dict[str, SiteCurves] = error_curves(
+            self.program, self.table, self.calibration, progress=False, gradients=gradients
+        )
         self.effects = measure_effects(self.program, self.curves, self.calibration, progress=False)
 
     def rewritten_error(self, factored: dict[str, tuple[Site, Factors]]) -> float:
@@ -78,32 +84,106 @@ def mixed() -> Fixture:
 
 
 def form_of(entry: SiteCurves) -> str:
-    (form,) = entry.forms
-    return form
+    """The plain output form, which is always measured."""
+    return next(iter(entry.forms))
+
+
+def measured_ranks(entry: SiteCurves, form: str, effect: EffectCurve) -> list[int]:
+    """The ranks at which a variant was measured, by their errors."""
+    curve = entry.forms[form]
+    places = {curve.error(rank): rank for rank in curve.ranks}
+    return [places[error] for error, _ in effect.points]
 
 
 @pytest.mark.parametrize("name", ["conv", "turned", "twice", "head"])
 def test_an_effect_is_the_error_of_the_model_rewritten_at_that_site_alone(mixed: Fixture, name: str) -> None:
     entry = mixed.curves[name]
-    form = form_of(entry)
-    curve, effect = entry.forms[form], mixed.effects[name, form]
-    measured = room._measured_ranks(curve.ranks)
-    assert len(measured) >= min(4, len(curve.ranks))
-    largest = 0.0
-    for rank in reversed(measured):
-        actual = mixed.rewritten_error({name: (entry.site, entry.factors(form, rank))})
-        # Float32: the product of the pair is rounded once more (measured: below 2e-7 of the output).
-        largest = max(largest, actual)
-        assert effect.at(curve.error(rank)) == pytest.approx(largest, rel=1e-4, abs=1e-6), rank
-    assert largest > 0.01  # far above rounding, so the agreement says something
+    variants = [form for site, form in mixed.effects if site == name]
+    assert variants[0] == form_of(entry)
+    for form in variants:
+        effect = mixed.effects[name, form]
+        largest = 0.0
+        for rank in measured_ranks(entry, form, effect):
+            actual = mixed.rewritten_error({name: (entry.site, entry.factors(form, rank))})
+            # Float32: the product of the pair is rounded once more (measured: below 2e-7 of the output).
+            largest = max(largest, actual)
+            assert effect.at(entry.forms[form].error(rank)) == pytest.approx(largest, rel=1e-4, abs=1e-6), (form, rank)
+        assert largest > 0.01  # far above rounding, so the agreement says something
 
 
 def test_every_site_is_measured(mixed: Fixture) -> None:
     assert {site.name for site in mixed.table.sites} == {"conv", "turned", "twice", "head"} == set(mixed.curves)
     assert [site.name for site in mixed.table.sites if len(site.calls) > 1] == ["twice"]
-    assert set(mixed.effects) == {(name, form_of(entry)) for name, entry in mixed.curves.items()}
+    for name, entry in mixed.curves.items():
+        assert (name, form_of(entry)) in mixed.effects
     for (name, form), effect in mixed.effects.items():
-        assert len(effect.points) >= min(4, len(mixed.curves[name].forms[form].ranks))
+        ranks = mixed.curves[name].forms[form].ranks
+        measured = measured_ranks(mixed.curves[name], form, effect)
+        assert len(measured) >= min(3, len(ranks))
+        assert {ranks[0], ranks[-1]} <= set(measured)
+
+
+def run_race(effects: dict[str, Callable[[int], float]], errors: dict[str, Callable[[int], float]]) -> room._Race:
+    """The race of variants of a linear layer 64 x 64 with given effects and site errors."""
+    site = Site("s", "linear", "w", False, 64, 64, (64, 64), "torch.float32", None, (SiteCall("n", "t", None),), False)
+    ranks = tuple(range(1, 32))
+    curves = {
+        form: ErrorCurve(ranks, tuple(error(rank) ** 2 for rank in range(32)), 1.0, torch.zeros(64, 31))
+        for form, error in errors.items()
+    }
+    entry = SiteCurves(site, torch.zeros(64, 64), make_sketch(64), curves)
+
+    def measure(form: str, rank: int, total: ErrorSum) -> None:
+        total.add(torch.tensor([1 + effects[form](rank)]), torch.tensor([1.0]))
+
+    race = room._Race(entry, measure)
+    race.run()
+    return race
+
+
+def test_a_straight_curve_takes_three_ranks_and_a_bent_one_more() -> None:
+    straight = run_race({"lowrank": lambda rank: 0.9**rank}, {"lowrank": lambda rank: 0.9**rank})
+    assert len(straight.sums) == 3
+    bent = run_race({"lowrank": lambda rank: 1.0 if rank < 8 else 1e-3}, {"lowrank": lambda rank: 0.9**rank})
+    assert len(bent.sums) > 4
+    assert {rank for _, rank in bent.sums} <= set(room._measured_ranks(tuple(range(1, 32))))
+
+
+def test_who_leaves_the_race() -> None:
+    plain, other = "lowrank", "lowrank@gradient"
+    same = {plain: lambda rank: 0.9**rank, other: lambda rank: 0.9**rank}
+    far = {plain: lambda rank: 0.9**rank, other: lambda rank: 3.5 * 0.9**rank}
+    # Its own error is too far behind: not measured at all.
+    assert {form for form, _ in run_race(same, far).sums} == {plain}
+    # Its effect is behind at both ranks: measured there, and not on offer.
+    worse = {plain: lambda rank: 0.9**rank, other: lambda rank: 1.2 * 0.9**rank}
+    race = run_race(worse, same)
+    assert race.has(plain)
+    assert not race.has(other)
+    # Better at one of them: it stays.
+    crossing = {plain: lambda rank: 0.9**rank, other: lambda rank: 0.85**rank}
+    assert run_race(crossing, same).has(other)
+
+
+def test_changes_around_a_plan_are_those_of_rewritten_models(mixed: Fixture) -> None:
+    chosen = {name: (form_of(entry), entry.forms[form_of(entry)].ranks[0]) for name, entry in mixed.curves.items()}
+    del chosen["head"]  # dense in the plan
+    instead: dict[str, list[tuple[str, int] | None]] = {name: [None, (form, 2)] for name, (form, _) in chosen.items()}
+    instead["head"] = [("lowrank", 2)]
+    error, errors = measure_joint(mixed.program, mixed.curves, chosen, instead, mixed.calibration.effect_batches)
+
+    def brute(taken: dict[str, tuple[str, int]]) -> float:
+        made = {name: (mixed.curves[name].site, mixed.curves[name].factors(*own)) for name, own in taken.items()}
+        return mixed.rewritten_error(made)
+
+    assert error == pytest.approx(brute(chosen), rel=1e-4)
+    assert set(errors) == set(mixed.curves)
+    for name, found in errors.items():
+        rest = {other: own for other, own in chosen.items() if other != name}
+        for tried, value in zip(instead[name], found, strict=True):
+            expected = brute(rest if tried is None else {**rest, name: tried})
+            assert value == pytest.approx(expected, rel=1e-4), (name, tried)
+            assert abs(value - error) > 1e-3 * error  # the site's change is seen
 
 
 def test_the_joint_error_is_that_of_the_rewritten_model(mixed: Fixture) -> None:
@@ -129,14 +209,14 @@ def test_measuring_changes_nothing(mixed: Fixture) -> None:
 
 def test_expensive_models_are_measured_on_their_first_rows(mixed: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EFFECT_FLOPS", 1.0)
-    cut = room._affordable(mixed.program, mixed.calibration, 100)
+    cut = room.affordable(mixed.program, mixed.calibration, 100, room.EFFECT_FLOPS)
     # 16 rows of 48: a third of each of the two batches.
     assert [batch.call.batch_size for batch in cut] == [8, 8]
     for batch, whole in zip(cut, mixed.calibration.effect_batches, strict=True):
         assert torch.equal(batch.call.args[0], whole.call.args[0][:8])
         assert torch.allclose(batch.reference[0], whole.reference[0][:8], atol=1e-5)
     monkeypatch.undo()
-    assert room._affordable(mixed.program, mixed.calibration, 100) == mixed.calibration.effect_batches
+    assert room.affordable(mixed.program, mixed.calibration, 100, room.EFFECT_FLOPS) == mixed.calibration.effect_batches
 
 
 def test_a_rank_that_is_not_on_offer_is_refused(mixed: Fixture) -> None:

@@ -1,0 +1,178 @@
+"""The output forms in a basis that output gradients choose: the double-sided SVD.
+
+With G = B^T B the second moment of a site's inputs and Gamma that of the gradients at its output (``gradients.py``),
+
+    W' = R^-1 U_k U_k^T R W,    U_k the first k left singular vectors of R W B^T,    R = Gamma'^(1/2)
+
+minimises |R (W - W') B^T|_F over all W' of rank k (Eckart and Young 1936, applied to R W B^T): the layer's output error
+in the metric of Gamma, which weighs a direction by how far it moves the model's output, taking inputs and gradients as
+independent (J. Martens, R. Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
+2015, section 3). Gamma is estimated from few rows and speaks of small changes only, so it is shrunk towards the
+identity (O. Ledoit, M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", JMVA 88, 2004,
+with a fixed share),
+
+    Gamma' = (1 - a) Gamma / tr Gamma + a I / m
+
+whose least eigenvalue a / m is also the floor of the inverse root. One spectrum gives the projections of all ranks.
+With R W B^T = sum of s_i u_i v_i^T, the output error itself, which is what bounds and reports speak of, is
+|(W - W') B^T|_F^2 = sum over i > k of s_i^2 |R^-1 u_i|^2, because the v_i are orthonormal.
+
+The *basis* of a curve is ``"activation"`` (the plain forms) or ``"gradient"`` (here); a *variant* is a form with a
+basis, written ``lowrank`` or ``lowrank@gradient``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_fx.forms.base import ErrorCurve, Factors, apply_blocks
+from lowrank_fx.forms.output import OutputForm, group_spectrum
+from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.linalg import symmetric_eigen
+from lowrank_fx.sites import Site
+from lowrank_fx.sketch import FrequentDirections
+
+ACTIVATION, GRADIENT = "activation", "gradient"
+
+SHRINKAGE = 0.1
+"""The share a of the identity in Gamma'. On real models .03, .1 and .3 give plans of nearly the same error."""
+
+
+def variant(form: str, basis: str) -> str:
+    """The name of a form with a basis.
+
+    >>> variant("lowrank", "gradient"), variant("lowrank", "activation")
+    ('lowrank@gradient', 'lowrank')
+    """
+    return form if basis == ACTIVATION else f"{form}@{basis}"
+
+
+def split_variant(name: str) -> tuple[str, str]:
+    """Form and basis of a variant's name.
+
+    >>> split_variant("lowrank@gradient"), split_variant("channel")
+    (('lowrank', 'gradient'), ('channel', 'activation'))
+    """
+    form, _, basis = name.partition("@")
+    return form, basis or ACTIVATION
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """R = Gamma'^(1/2) of one group, kept as floor I + V diag(roots - floor) V^T.
+
+    Attributes:
+        vectors: V ``[m, r]``, float64, orthonormal columns.
+        roots: ``[r]``, float64: square roots of the eigenvalues of Gamma' along V, none below ``floor``.
+        floor: the square root of a / m, that of all other directions.
+    """
+
+    vectors: Tensor
+    roots: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, gradients: FrequentDirections, shrinkage: float = SHRINKAGE) -> OutputMetric:
+        """The metric that the sketched gradients of one group give.
+
+        Args:
+            gradients: of rows ``[m]``; not all of them zero.
+            shrinkage: a, in (0, 1].
+        """
+        if gradients.exact:
+            values, vectors = symmetric_eigen(gradients.gram(centered=False))
+        else:
+            rows = gradients.matrix(centered=False)
+            _, lengths, right = torch.linalg.svd(rows, full_matrices=False)
+            values, vectors = lengths.square(), right.T
+        values = values.clamp(min=0)
+        least = shrinkage / gradients.dim
+        roots = ((1 - shrinkage) * values / values.sum() + least).sqrt()
+        return cls(vectors, roots, least**0.5)
+
+    def root(self, matrix: Tensor) -> Tensor:
+        """R times a float64 matrix ``[m, n]``."""
+        return self.floor * matrix + self.vectors @ ((self.roots - self.floor)[:, None] * (self.vectors.T @ matrix))
+
+    def inverse_root(self, matrix: Tensor) -> Tensor:
+        """R^-1 times a float64 matrix ``[m, n]``."""
+        change = 1 / self.roots - 1 / self.floor
+        return matrix / self.floor + self.vectors @ (change[:, None] * (self.vectors.T @ matrix))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObliqueCurve(ErrorCurve):
+    """An error curve whose projections are oblique: W' = basis_k dual_k^T W, block by block.
+
+    Attributes:
+        dual: ``[out_features, max(ranks)]``, like ``basis``; within a group ``dual^T basis`` is the identity.
+    """
+
+    dual: Tensor = field(repr=False)
+
+
+def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, gradients: Sketch) -> ObliqueCurve:
+    """The error of every rank that ``form`` offers, in the basis that the gradients choose.
+
+    Args:
+        form: what is offered in another basis.
+        site: the site.
+        weight: its weight as stored in the model.
+        sketch: of the rows that meet it.
+        gradients: at its output, from :func:`~lowrank_fx.gradients.output_gradients`.
+
+    Returns:
+        A curve whose ``tail`` is the layer's own output error, as that of every curve.
+    """
+    ranks = form.ranks(site)
+    if sketch.size is not None:
+        ranks = tuple(rank for rank in ranks if rank <= sketch.size // 2) or ranks[:1]
+    blocks = site.matrix(weight.detach()).double().chunk(site.groups)
+    bases, duals, tails = [], [], []
+    for block, part, own in zip(blocks, sketch.parts, gradients.parts, strict=True):
+        metric = OutputMetric.of(own)
+        directions, energies = group_spectrum(metric.root(block), part, site.centered, ranks[-1])
+        back = metric.inverse_root(directions)
+        lengths = torch.linalg.vector_norm(back, dim=0)
+        tails.append(energies * lengths.square())
+        bases.append((back / lengths)[:, : ranks[-1]])
+        duals.append((metric.root(directions) * lengths)[:, : ranks[-1]])
+    longest = max(len(own) for own in tails)
+    energies = torch.stack([F.pad(own, (0, longest - len(own))) for own in tails]).sum(0)
+    tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
+    keep = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return ObliqueCurve(
+        ranks=ranks,
+        tail=tuple(tail.tolist()),
+        energy=float(tail[0]),
+        basis=torch.cat(bases).to(keep).contiguous(),
+        dual=torch.cat(duals).to(keep).contiguous(),
+    )
+
+
+def oblique_factors(
+    form: OutputForm, site: Site, weight: Tensor, curve: ObliqueCurve, rank: int, sketch: Sketch
+) -> Factors:
+    """The factors of one rank of :func:`double_sided`, in the weight's dtype and on its device.
+
+    ``factor_out`` is an orthonormal basis of the same columns, so that rounding the pair to its dtype costs no more
+    than in the plain forms.
+    """
+    matrix = site.matrix(weight.detach()).double()
+    inner, outer = [], []
+    groups = zip(*(each.chunk(site.groups) for each in (matrix, curve.basis, curve.dual)), strict=True)
+    for block, basis, dual in groups:
+        orthonormal, mixed = torch.linalg.qr(basis[:, :rank].double())
+        inner.append(mixed @ (dual[:, :rank].double().T @ block))
+        outer.append(orthonormal)
+    factor_in, factor_out = (torch.cat(each).to(weight.dtype) for each in (inner, outer))
+    factors = form.assemble(site, factor_in, factor_out, None)
+    if not site.centered:
+        return factors
+    first = apply_blocks(factor_in.double(), sketch.mean, site.groups)
+    kept = apply_blocks(factor_out.double(), first, site.groups)
+    return replace(factors, shift=apply_blocks(matrix, sketch.mean, site.groups) - kept)

@@ -1,0 +1,199 @@
+"""How strongly the model's output reacts to each site's output: second moments of output gradients.
+
+For a site with the output rows y_1 ... y_n, let g_i be the gradient of <v, outputs> with respect to y_i, v a vector of
+independent standard normal numbers over all floating outputs (padding left out, as errors leave it out). Then
+
+    Gamma = sum over i of g_i g_i^T,    E_v[g_i g_i^T] = J_i^T J_i
+
+with J_i the Jacobian of the outputs with respect to y_i: a Hutchinson estimate of the Gauss-Newton matrix of the
+squared output error, the one that effects measure. A row that moves by a small e_i adds about e_i^T J_i^T J_i e_i to
+the squared error, if the rows' errors do not meet.
+
+It is a proxy: it orders directions within a layer (``double_sided.py``); what they are worth is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_fx._ambient import seeded
+from lowrank_fx._progress import Progress
+from lowrank_fx.batches import Call
+from lowrank_fx.calibration import Calibration
+from lowrank_fx.compare import floating_outputs, without_padding
+from lowrank_fx.grouped_sketch import Sketch, make_sketch
+from lowrank_fx.program import Outputs, Program
+from lowrank_fx.sites import Site, SiteTable
+
+GRADIENT_FLOPS = 5.0e11
+"""Work allowed for gradients; it sets how many calibration batches are used."""
+
+GRADIENT_SAMPLES = 512
+"""Samples (rows of batches) that are enough; a sample that is run with two random vectors counts twice."""
+
+GRADIENT_ROWS = 16384
+"""Rows of a site's output, evenly spaced, whose gradients are kept; images have very many."""
+
+MAX_PROBES = 4
+"""Random vectors per batch, at most, where few batches leave work to spend."""
+
+EXACT_BYTES = 256 << 20
+"""Memory that exact sums of all gradients may take; beyond it wide outputs are sketched."""
+
+SKETCH_SIZE = 256
+"""Rows of the Frequent Directions sketch of a wide output's gradients; up to twice as wide they are summed exactly."""
+
+
+def output_gradients(
+    program: Program,
+    table: SiteTable,
+    calibration: Calibration,
+    progress: bool = True,
+) -> dict[str, Sketch]:
+    """The second moments of the gradients at every site's output, summed over calibration batches.
+
+    Args:
+        program: the captured model.
+        table: its sites.
+        calibration: the inputs of its calibration batches are used, as many as ``GRADIENT_FLOPS`` allows.
+        progress: show a progress bar for work over two seconds.
+
+    Returns:
+        By site name a sketch of the gradients' rows ``[out_features]`` (the groups of a site beside each other);
+        ``parts[j].gram(centered=False)`` is Gamma of group j. Sites that no gradient reaches (their output is rounded
+        or compared behind them) are left out; so are all sites of a model that cannot be differentiated.
+    """
+    sketches: dict[str, Sketch] = {}
+    broken: set[str] = set()
+    sites = {call.node: site for site in table.sites for call in site.calls}
+    exact = sum(8 * site.out_features**2 // site.groups for site in table.sites)
+    widest = 2 * SKETCH_SIZE if exact > EXACT_BYTES else max((site.out_features for site in table.sites), default=0)
+    run = program.probed(list(sites))
+    calls, probes = _affordable(calibration)
+    generator = torch.Generator("cpu").manual_seed(calibration.seed)
+    with Progress("gradients", len(calls), progress) as bar:
+        for call in calls:
+            try:
+                found = _gradients_of(program, run, call, generator, probes)
+            except RuntimeError:  # an operator without a derivative, or one that writes to what a derivative needs
+                return {}
+            for gradients in found:
+                for node, gradient in gradients.items():
+                    site = sites[node]
+                    rows = output_rows(site, gradient)
+                    rows = rows[rows.any(1)]  # padding has none
+                    rows = rows[:: -(-rows.shape[0] * len(calls) * probes // GRADIENT_ROWS) or 1]
+                    if not bool(rows.isfinite().all()):  # a half-precision model's may overflow
+                        broken.add(site.name)
+                        continue
+                    if site.name not in sketches:
+                        size = SKETCH_SIZE if site.out_features // site.groups > widest else None
+                        sketches[site.name] = make_sketch(site.out_features, site.groups, size, program.device)
+                    sketches[site.name].update(rows)
+            bar.advance()
+    return {
+        name: sketch
+        for name, sketch in sketches.items()
+        if name not in broken and all(float(part.gram(centered=False).trace()) > 0 for part in sketch.parts)
+    }
+
+
+def output_rows(site: Site, value: Tensor) -> Tensor:
+    """A site's output, or its gradient, as rows ``[n, out_features]``."""
+    if site.kind == "bmm" and site.groups > 1:
+        value = value.movedim(-3, -2).flatten(-2)
+    elif site.patch is not None:
+        value = value.movedim(-len(site.patch.kernel) - 1, -1)
+    return value.reshape(-1, site.out_features)
+
+
+def random_projection(outputs: Outputs, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """<v, outputs> for standard normal v over all finite floating outputs that are not padding.
+
+    Args:
+        outputs: of a model.
+        mask: bool ``[B, T]``, false at padding.
+        generator: on the CPU; gives v.
+    """
+    total: Tensor | None = None
+    for output in floating_outputs(outputs):
+        real = without_padding(torch.view_as_real(output) if output.is_complex() else output, mask)
+        direction = torch.randn(real.shape, generator=generator, device="cpu").to(real.device)
+        share = (torch.where(real.isfinite(), real, 0).float() * direction).sum()
+        total = share if total is None else total + share
+    assert total is not None
+    return total
+
+
+def _gradients_of(
+    program: Program,
+    run: Callable[[Call], tuple[Outputs, dict[str, Tensor]]],
+    call: Call,
+    generator: torch.Generator,
+    probes: int,
+) -> list[dict[str, Tensor]]:
+    """For each probe the gradient at each call of a site, by the call's node."""
+    made: list[dict[str, Tensor]] = []
+    with _differentiable(program.module), torch.enable_grad(), seeded(program.device):
+        outputs, values = run(call)
+        reached = {
+            node: value
+            for node, value in values.items()
+            if value.requires_grad and value.is_floating_point() and value.layout is torch.strided
+        }
+        for probe in range(probes if reached else 0):
+            scalar = random_projection(outputs, call.mask, generator)
+            if not scalar.requires_grad:
+                break
+            more = probe + 1 < probes
+            found = torch.autograd.grad(scalar, list(reached.values()), retain_graph=more, allow_unused=True)
+            made.append({node: own.detach() for node, own in zip(reached, found, strict=True) if own is not None})
+    return made
+
+
+def _affordable(calibration: Calibration) -> tuple[list[Call], int]:
+    """The batches, spread over all, that fit the work allowed, and how many probes each gets.
+
+    A backward pass to activations alone costs about as much as the forward pass.
+    """
+    calls = calibration.input_batches
+    if not calls:
+        return [], 0
+    per_row = calibration.flops / max(calls[0].batch_size, 1)
+    rows = min(int(GRADIENT_FLOPS / max(2 * per_row, 1.0)), GRADIENT_SAMPLES)
+    sizes = [call.batch_size for call in calls]
+    if rows >= sum(sizes):
+        return calls, min(max(rows // max(sum(sizes), 1), 1), MAX_PROBES)
+    if rows < sizes[0]:
+        return [calls[0].rows(0, max(1, rows))], 1
+    count = rows * len(calls) // sum(sizes)
+    return [calls[position * len(calls) // count] for position in range(count)], 1
+
+
+@contextlib.contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
+    """Parameters that require gradients stand in for a program's own, whose flags are the user's.
+
+    The stand-ins share memory with the parameters, and the tree of modules is the program's, not the user's.
+    """
+    stand_ins: dict[int, nn.Parameter] = {}
+    kept: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
+                kept.append((part._parameters, name, parameter))
+    try:
+        for owner, name, parameter in kept:
+            if id(parameter) not in stand_ins:
+                tensor = parameter.detach().clone() if parameter.is_inference() else parameter.detach()
+                stand_ins[id(parameter)] = nn.Parameter(tensor, requires_grad=True)
+            owner[name] = stand_ins[id(parameter)]
+        yield
+    finally:
+        for owner, name, parameter in kept:
+            owner[name] = parameter
