@@ -97,6 +97,8 @@ def _rows(site: Site, outputs: Sequence[Tensor], masks: Sequence[Tensor | None])
     """The outputs of a site in several batches as float64 rows, padding left out."""
     rows = []
     for value, mask in zip(outputs, masks, strict=True):
+        if mask is not None and site.calls[0].sequence_first:
+            mask = mask.t()
         if site.kind == "bmm" and site.groups > 1:
             value = value.movedim(-3, -2).flatten(-2)
         if site.patch is not None:

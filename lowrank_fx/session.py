@@ -6,35 +6,42 @@ shares the model's weights, which therefore have to stay as they are.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from lowrank_fx import cost
 from lowrank_fx._ambient import seeded, settled
+from lowrank_fx._progress import Progress
 from lowrank_fx.calibration import Calibration
-from lowrank_fx.effects import EffectCurve, SiteCurves, joint_error
+from lowrank_fx.closed_loop import Remake
+from lowrank_fx.compiling import compile_module
+from lowrank_fx.corrections import CORRECTIONS, Chosen, Made, Settled, with_norms
+from lowrank_fx.double_sided import ObliqueCurve, split_variant
+from lowrank_fx.effects import MIN_EFFECT_ROWS, EffectCurve, SiteCurves, affordable, joint_error, measure_joint
 from lowrank_fx.errors import TargetError
 from lowrank_fx.forms import DENSE, FORMS, Factors, apply_blocks, dense_flops, dense_params, relative
 from lowrank_fx.graph_program import GraphProgram
-from lowrank_fx.plan import Plan, SitePlan, Totals, TradeOff
+from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
-from lowrank_fx.planners.problem import Option, Pick, Problem
+from lowrank_fx.planners.marginal import around, neighbours
+from lowrank_fx.planners.metric import within_drop
+from lowrank_fx.planners.problem import Allocator, Option, Pick, Problem
 from lowrank_fx.program import Program
-from lowrank_fx.refit import refit
+from lowrank_fx.scored import score
 from lowrank_fx.sites import Site, SiteTable
-from lowrank_fx.targets import Keep, Quantity, Target, Tolerance
+from lowrank_fx.targets import Keep, Metric, Quantity, Target, Tolerance
 
 CURVE_POINTS = 9
 """Points of the trade-off curve, dense included."""
 
-Chosen = dict[str, tuple[Site, Factors]]
+MARGINAL_FLOPS = 5.0e11
+"""Work allowed for measuring effects again around a plan; where the least rows cost more, it is left out."""
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Session:
         planner: the planner's name.
         notes: what the user should know.
         params: number of parameters of the user's model.
+        progress: whether a search by a metric shows a progress bar.
     """
 
     model: nn.Module
@@ -62,6 +70,7 @@ class Session:
     planner: str
     notes: tuple[str, ...]
     params: int
+    progress: bool = False
     _problem: Problem | None = field(default=None, repr=False)
     _compiled: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -72,8 +81,8 @@ class Session:
             self._problem = Problem({site.name: self._options(site) for site in self.table.sites})
         return self._problem
 
-    def plan(self, target: Target) -> tuple[Plan, Chosen]:
-        """The plan for ``target``, and the factors of every site it factors.
+    def plan(self, target: Target) -> tuple[Plan, Made]:
+        """The plan for ``target``, and what it puts into the program.
 
         Raises:
             TargetError: the target cannot be reached; the message names the smallest reachable value.
@@ -81,23 +90,82 @@ class Session:
         with settled(self.program.device):
             return self._plan(target)
 
-    def _plan(self, target: Target) -> tuple[Plan, Chosen]:
+    def _plan(self, target: Target) -> tuple[Plan, Made]:
         batches = self.calibration.select_batches
         errors: dict[Pick, float] = {}
 
         def evaluate(pick: Pick) -> float:
             if pick not in errors:
-                errors[pick] = joint_error(self.program, self._factor(pick), batches)
+                errors[pick] = joint_error(self.program, self.factors(pick), batches)
             return errors[pick]
 
         allocators = planner(self.planner)
+        if isinstance(target, Metric):
+            return self._plan_by_metric(target, allocators, evaluate)
         if isinstance(target, Tolerance):
             quantity: Quantity = "flops"
             outcome = within_tolerance(self.problem, quantity, target.error, allocators, evaluate)
+            marginal = self._around(outcome.pick)
+            if marginal is not None:
+                smaller = within_tolerance(self.problem, quantity, target.error, marginal, evaluate)
+                if self.problem.cost(smaller.pick, quantity) < self.problem.cost(outcome.pick, quantity):
+                    outcome = smaller
         else:
             quantity = target.quantity
-            outcome = within_budget(self.problem, quantity, self._budget(target), allocators, evaluate)
+            budget = self.budget(target)
+            outcome = within_budget(self.problem, quantity, budget, allocators, evaluate)
+            marginal = self._around(outcome.pick)
+            if marginal is not None:
+                outcome = outcome.against(within_budget(self.problem, quantity, budget, marginal, evaluate))
         return self._finish(target, quantity, outcome)
+
+    def _around(self, pick: Pick) -> Mapping[str, Allocator] | None:
+        """The candidate by the effects that sites have around a pick; None where measuring them is too dear."""
+        if "effect" not in planner(self.planner):
+            return None
+        tried = neighbours(self.problem, pick)
+        chosen = self.problem.factored(pick)
+        per_row = self.calibration.flops / max(self.calibration.effect_batches[0].call.batch_size, 1)
+        if not chosen or len(tried) * per_row / 2 * MIN_EFFECT_ROWS > MARGINAL_FLOPS:
+            return None
+        batches = affordable(self.program, self.calibration, len(tried), MARGINAL_FLOPS)
+        options = {name: self.problem.options[name][index] for name, index in tried.items()}
+        instead = {name: [None if own.rank is None else (own.form, own.rank)] for name, own in options.items()}
+        error, errors = measure_joint(self.program, self.curves, chosen, instead, batches)
+        return around(self.problem, pick, tried, error, {name: own for name, (own,) in errors.items()})
+
+    def _plan_by_metric(
+        self, target: Metric, allocators: Mapping[str, Allocator], evaluate: Callable[[Pick], float]
+    ) -> tuple[Plan, Made]:
+        """The cheapest plan found that keeps the metric, scored with the very factors that come back."""
+        values: dict[Pick, float] = {}
+        errors: dict[Pick, float] = {}
+        held: dict[Pick, Settled] = {}
+        with Progress("metric", target.evaluations, self.progress) as bar:
+
+            def value_of(pick: Pick) -> float:
+                settled = self._settle(pick, evaluate(pick))
+                kept = self._totals(pick).kept(target.of, "model")
+                plan = f"the plan that keeps {kept:.1%} of its {target.of}" if settled.made.factored else "the original"
+                # A metric may cast, move or train what it is given, so that must not be the user's own tensors.
+                value = score(target, settled.made.into(self.program, clone=True), plan)
+                values[pick], errors[pick] = value, settled.error
+                if target.holds(values[self.problem.dense], value):
+                    held.clear()  # each that holds is cheaper than those before; factors of all would be many models
+                    held[pick] = settled
+                bar.advance(note=f"{value:g}")
+                return value
+
+            found = within_drop(self.problem, target, allocators, evaluate, value_of)
+        points = tuple(
+            MetricPoint(self._totals(each.pick).kept(target.of, "model"), errors[each.pick], each.value)
+            for each in found.scored
+        )
+        plan, made = self._finish(target, target.of, found.outcome, held[found.outcome.pick])
+        if not made.factored and points:
+            word = f"none of the {len(points)} plans that were scored keeps {target}, so the original came back"
+            plan = replace(plan, notes=(*plan.notes, word))
+        return replace(plan, metric=MetricSearch(found.before, found.after, points)), made
 
     def compiled_original(self) -> Callable[..., Any]:
         """The user's model through ``torch.compile``, compiled once for all plans of this session."""
@@ -130,19 +198,25 @@ class Session:
             select_error=0.0,
             error=0.0,
             notes=(*plan.notes, reason),
+            refinement=None,
+            metric=None if plan.metric is None else replace(plan.metric, after=plan.metric.before),
         )
 
     # ---- the problem ---------------------------------------------------------------------------------------------
 
     def _options(self, site: Site) -> tuple[Option, ...]:
-        rows = self.calibration.rows_of(site)
+        rows, calls = self.calibration.rows_of(site), self.calibration.calls_of(site)
         options = [Option(DENSE, None, dense_params(site), dense_flops(site, rows), 0.0, 0.0)]
         entry = self.curves.get(site.name)
         for form, curve in entry.forms.items() if entry is not None else ():
-            effect = self.effects[site.name, form]
+            effect = self.effects.get((site.name, form))
+            if effect is None:  # it left the race
+                continue
+            plain = FORMS[split_variant(form)[0]]
             for rank in curve.ranks:
                 error = curve.error(rank)
-                params, flops = FORMS[form].params(site, rank), FORMS[form].flops(site, rank, rows)
+                params = plain.params(site, rank)
+                flops = sum(plain.flops(site, rank, *call) for call in calls)
                 options.append(Option(form, rank, params, flops, error, effect.at(error)))
         return tuple(options)
 
@@ -156,8 +230,12 @@ class Session:
     def _before(self, quantity: Quantity) -> int:
         return self.calibration.flops if quantity == "flops" else self.params
 
-    def _budget(self, target: Keep) -> int:
-        """What the sites may cost so that ``target`` holds."""
+    def budget(self, target: Keep) -> int:
+        """What the sites may cost so that ``target`` holds.
+
+        Raises:
+            TargetError: it cannot be reached; the message names the smallest reachable value.
+        """
         quantity = target.quantity
         of_model = target.of == "model"
         before = self._before(quantity) if of_model else self.problem.cost(self.problem.dense, quantity)
@@ -174,30 +252,79 @@ class Session:
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
-    def _finish(self, target: Target, quantity: Quantity, outcome: Outcome) -> tuple[Plan, Chosen]:
+    def corrected(self, pick: Pick, how: str) -> Chosen:
+        """The factors of a pick, corrected in one way.
+
+        Args:
+            pick: one option per site.
+            how: one of ``CORRECTIONS``, or empty for none.
+        """
+        factored = self.factors(pick)
+        if not how or not factored or not isinstance(self.program, GraphProgram):
+            return factored
+        with seeded(self.program.device):
+            return CORRECTIONS[how](self.program, self.table, self.calibration, factored, self._remake(pick))
+
+    def _settle(self, pick: Pick, error: float) -> Settled:
+        """The factors that a plan is made of: corrected in the way that gives the least error on the select half.
+
+        Args:
+            pick: one option per site.
+            error: its error on the select half, without a correction.
+        """
+        best = Settled(Made(self.factors(pick)), error)
+        if not best.made.factored or not isinstance(self.program, GraphProgram):
+            return best  # a module tree runs as a whole, so nothing can be fitted between its layers
+        tried: list[tuple[str, float]] = []
+        for how in CORRECTIONS:
+            best = self._better(best, Made(self.corrected(pick, how)), how, tried)
+        made = with_norms(self.program, self.calibration, best.made)
+        if made.buffers:
+            best = self._better(best, made, f"{best.how}, norms".removeprefix(", "), tried)
+        return replace(best, tried=tuple(tried))
+
+    def _better(self, best: Settled, made: Made, how: str, tried: list[tuple[str, float]]) -> Settled:
+        error = made.error(self.program, self.calibration.select_batches)
+        tried.append((how, error))
+        return Settled(made, error, how) if error < best.error else best
+
+    def _remake(self, pick: Pick) -> Remake:
+        """Factors of other weights in the forms and ranks of a pick; a basis that gradients chose stays."""
+        planned = self.problem.factored(pick)
+
+        def remake(site: Site, weight: Tensor, sketch: Sketch) -> Factors:
+            form, rank = planned[site.name]
+            curve = self.curves[site.name].forms[form]
+            if not isinstance(curve, ObliqueCurve):
+                curve = FORMS[form].curve(site, weight, sketch)
+            return SiteCurves(site, weight, sketch, {form: curve}).factors(form, rank)
+
+        return remake
+
+    def _finish(
+        self, target: Target, quantity: Quantity, outcome: Outcome, settled: Settled | None = None
+    ) -> tuple[Plan, Made]:
         if not math.isfinite(outcome.error):
             raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
-        factored = self._factor(outcome.pick)
-        candidate, select_error, candidates = outcome.candidate, outcome.error, outcome.candidates
-        if factored and isinstance(self.program, GraphProgram):  # a module tree cannot be stopped between its layers
-            with seeded(self.program.device):
-                refitted = refit(self.program.module, factored, self.calibration.effect_batches)
-            refit_error = joint_error(self.program, refitted, self.calibration.select_batches)
-            candidates = (*candidates, (f"{candidate}, refitted", refit_error))
-            if refit_error < select_error:
-                factored, candidate, select_error = refitted, f"{candidate}, refitted", refit_error
+        settled = settled or self._settle(outcome.pick, outcome.error)
+        made, factored = settled.made, settled.made.factored
+        candidate, candidates = outcome.candidate, outcome.candidates
+        candidates = (*candidates, *((f"{candidate}, {how}", error) for how, error in settled.tried))
+        candidate = f"{candidate}, {settled.how}" if settled.how else candidate
+        met = bool(factored) or isinstance(target, Keep)
         sites = []
         for name, option in self.problem.chosen(outcome.pick).items():
             site = next(site for site in self.table.sites if site.name == name)
             error, bound = 0.0, 0.0
             if option.rank is not None:
-                error, bound = self._site_error(*factored[name])
+                error, bound = self.site_error(*factored[name])
             dense = self.problem.options[name][0]
             sites.append(
                 SitePlan(
                     name=name,
                     weight=site.weight,
-                    form=option.form,
+                    form=split_variant(option.form)[0],
+                    basis=split_variant(option.form)[1],
                     rank=option.rank,
                     out_features=site.out_features,
                     in_features=site.in_features,
@@ -206,10 +333,10 @@ class Session:
                     error=error,
                     bound=bound,
                     effect=option.effect,
-                    reason="" if option.rank is not None else self._why_dense(site, target, quantity),
+                    reason="" if option.rank is not None else self._why_dense(site, target, quantity, met=met),
                 )
             )
-        report_error = joint_error(self.program, factored, self.calibration.report_batches)
+        report_error = made.error(self.program, self.calibration.report_batches)
         plan = Plan(
             target=target,
             planner=self.planner,
@@ -221,21 +348,21 @@ class Session:
             notes=self.notes,
             totals=self._totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
-            select_error=select_error,
+            select_error=settled.error,
             error=report_error,
             candidates=tuple((name, error) for name, error in candidates if math.isfinite(error)),
             curve=self._trade_off(quantity),
         )
-        return plan, factored
+        return plan, made
 
-    def _factor(self, pick: Pick) -> Chosen:
+    def factors(self, pick: Pick) -> Chosen:
         """The factors of every site that a pick factors."""
         return {
             name: (self.curves[name].site, self.curves[name].factors(form, rank))
             for name, (form, rank) in self.problem.factored(pick).items()
         }
 
-    def _site_error(self, site: Site, factors: Factors) -> tuple[float, float]:
+    def site_error(self, site: Site, factors: Factors) -> tuple[float, float]:
         """Relative error of the site's own output on the sketched rows, for the factors as stored, and its bound.
 
         With Z = W - factor_out factor_in and the bias moved by s, the squared error is |Z (X - mean)^T|^2, which the
@@ -253,7 +380,7 @@ class Session:
         energy = sketch.certificate(matrix, centered=site.centered)[0]
         return relative(least + offset, energy), relative(most + offset, energy)
 
-    def _why_dense(self, site: Site, target: Target, quantity: Quantity) -> str:
+    def _why_dense(self, site: Site, target: Target, quantity: Quantity, *, met: bool) -> str:
         if self.calibration.sketch_of(self.table, site) is None:
             return "calibration never reached it"
         options = self.problem.options[site.name][1:]
@@ -265,8 +392,9 @@ class Session:
         if site.tied and quantity == "params":
             return "an embedding needs the same weight, so factoring it adds parameters"
         saved = 1 - best.cost(quantity) / dense if dense else 0.0
+        cause = f"{target} is met without it" if met else f"no smaller plan was found within {target}"
         return (
-            f"{target} is met without it; rank {best.rank} would save {saved:.0%} of its {quantity} "
+            f"{cause}; rank {best.rank} would save {saved:.0%} of its {quantity} "
             f"for a predicted effect of {best.effect:.2g}"
         )
 
@@ -291,19 +419,3 @@ class Session:
                 TradeOff(totals.kept("params", "model"), totals.kept("flops", "model"), self.problem.effect(pick))
             )
         return tuple(points)
-
-
-def compile_module(module: nn.Module) -> Callable[..., Any]:
-    """``torch.compile`` with recompile limits of its own, where torch can do that.
-
-    The recompile limit counts per code object, so many compiled instances of one class would fall back to eager.
-    """
-    isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {"isolate_recompiles": True} if isolate else {}
-    compiled: Callable[..., Any] = torch.compile(module, **options)
-
-    # A plain function: kept as an attribute, the compiled module itself would register as a child.
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
-
-    return run
