@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from lowrank_fx.module import LowRankModule
     from lowrank_fx.pipeline import calibrate, load, optimize
     from lowrank_fx.plan import Plan, SitePlan
+    from lowrank_fx.refine_options import Refine
     from lowrank_fx.report import Report
-    from lowrank_fx.targets import Keep, Tolerance
+    from lowrank_fx.targets import Keep, Metric, Tolerance
 
 __version__ = "0.1.0"
 
@@ -44,10 +45,12 @@ __all__ = [
     "Keep",
     "LowRankError",
     "LowRankModule",
+    "Metric",
     "OptionError",
     "PassError",
     "Plan",
     "PlanError",
+    "Refine",
     "Report",
     "SitePlan",
     "StorageError",
@@ -67,8 +70,9 @@ _HOMES = {
     "module": ("LowRankModule",),
     "pipeline": ("calibrate", "load", "optimize"),
     "plan": ("Plan", "SitePlan"),
+    "refine_options": ("Refine",),
     "report": ("Report",),
-    "targets": ("Keep", "Tolerance"),
+    "targets": ("Keep", "Metric", "Tolerance"),
 }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from lowrank_fx.observer import sketch_sizes
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site, SiteTable
 
-FORMAT = 2
+FORMAT = 3
 NAME = "calibration"
+
+FirstRows: TypeAlias = tuple[int, int, tuple[int, ...]]
+"""A batch, how many rows of it reached a tap, and the size in space of a convolution's input."""
 
 _EMPTY = {
     "effect": Cache(EFFECT_BATCHES),
@@ -41,7 +44,8 @@ class Calibration:
         example: the loader's first batch; the model is captured with it again.
         sketches: by tap name.
         shards: which shards it holds.
-        first_rows: by tap name, the first calibration batch that reached the tap, and its number of rows.
+        first_rows: by tap name, the first calibration batch that reached the tap, its number of rows and, for a
+            convolution, its size in space.
         counted: the first calibration batch, and the FLOPs of the whole captured model on it; None before it.
         effect: calibration batches on which effects are measured.
         inputs: calibration batches on which factors are refitted and refined.
@@ -55,7 +59,7 @@ class Calibration:
     example: Call
     sketches: dict[str, Sketch]
     shards: frozenset[int]
-    first_rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    first_rows: dict[str, FirstRows] = field(default_factory=dict)
     counted: tuple[int, int] | None = None
     effect: Cache = field(default_factory=lambda: _empty("effect"))
     inputs: Cache = field(default_factory=lambda: _empty("inputs"))
@@ -130,7 +134,11 @@ class Calibration:
 
     def rows_of(self, site: Site) -> int:
         """Rows that meet ``site`` in the first calibration batch that reached it, over all its calls."""
-        return sum(self.first_rows.get(call.tap, (0, 0))[1] for call in site.calls)
+        return sum(rows for rows, _ in self.calls_of(site))
+
+    def calls_of(self, site: Site) -> list[tuple[int, tuple[int, ...]]]:
+        """For each call of ``site`` its rows in the first calibration batch that reached it, and the input's space."""
+        return [self.first_rows.get(call.tap, (0, 0, ()))[1:] for call in site.calls]
 
     def check_model(self, model: nn.Module) -> None:
         """Make sure that it was made of this model, and has a batch of every role.
@@ -285,7 +293,7 @@ class Calibration:
                 for number, (name, share) in enumerate(source.taps.items())
             },
             shards=shards,
-            first_rows={str(name): (int(index), int(rows)) for name, (index, rows) in data["first_rows"].items()},
+            first_rows={str(name): _first_rows(*found) for name, found in data["first_rows"].items()},
             counted=None if counted is None else (int(counted[0]), int(counted[1])),
             pieces={(int(index), _role(role)): str(checksum) for index, role, checksum in data["pieces"]},
             complete=bool(data["complete"]),
@@ -328,6 +336,10 @@ def blank(
     shares: dict[str, Share] = {tap.name: (tap.width, tap.groups, sketches[tap.name].size) for tap in taps}
     source = Source(base_weights(model), program.way, shares, seed, holdout, call_checksum(example), shard[1])
     return Calibration(source, owned_call(example), sketches, frozenset({shard[0]}))
+
+
+def _first_rows(index: int, rows: int, space: Sequence[int]) -> FirstRows:
+    return int(index), int(rows), tuple(int(size) for size in space)
 
 
 def _empty(name: str) -> Cache:

@@ -141,7 +141,8 @@ def run_calibration(
                 _run(program, observed, recorder, assigned, state)
                 for name, observer in observers.items():
                     if observer.first_rows is not None:
-                        state.first_rows.setdefault(name, (assigned.index, observer.first_rows))
+                        first = assigned.index, observer.first_rows, observer.first_space
+                        state.first_rows.setdefault(name, first)
                 state.pieces[key] = checksum
                 if checkpoint is not None:
                     checkpoint.keep(state)

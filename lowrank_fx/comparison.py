@@ -24,11 +24,11 @@ from lowrank_fx._render import count, environment, number, percent, scaled, seco
 from lowrank_fx.batches import Call, bind_batch, bound_calls
 from lowrank_fx.capture import device_of, plain_attention, preserved, unwrap
 from lowrank_fx.compare import ErrorSum
+from lowrank_fx.compiling import compile_module
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.graph_program import flop_counter
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.report import WIDTH, aligned
-from lowrank_fx.session import compile_module
 
 # Numbers turned to float64 at a time: the logits of a language model would take gigabytes at once.
 _CHUNK = 1 << 22

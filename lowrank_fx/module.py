@@ -13,14 +13,19 @@ from torch import nn
 from lowrank_fx import storage
 from lowrank_fx._ambient import settled
 from lowrank_fx.capture import device_of, preserved, unwrap
-from lowrank_fx.errors import LowRankError
+from lowrank_fx.compiling import compile_module
+from lowrank_fx.corrections import Made
+from lowrank_fx.errors import LowRankError, OptionError
 from lowrank_fx.fingerprint import base_weights
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.plan import Plan
+from lowrank_fx.program import Program
+from lowrank_fx.refine_options import Refine
+from lowrank_fx.refinement import refined_plan
 from lowrank_fx.report import Report
-from lowrank_fx.session import Session, compile_module
+from lowrank_fx.session import Session
 from lowrank_fx.storage import Artifact
-from lowrank_fx.targets import Target, Tolerance, check_target
+from lowrank_fx.targets import Metric, Target, Tolerance, check_target
 
 SLOWER = "the factored model measured slower than the original, so the original came back"
 
@@ -87,10 +92,15 @@ class LowRankModule(nn.Module):
         """A row per layer, and what the whole plan costs and does; ``print`` it, or ask it ``to_html()``."""
         return Report(self.plan, self.timing)
 
-    def replan(self, target: Target) -> LowRankModule:
+    def replan(self, target: Target, *, refine: Refine | None = None) -> LowRankModule:
         """The model for another target, from the same calibration: no data is read again.
 
+        Args:
+            target: what is asked for.
+            refine: let the factors learn from the original on the calibration batches; see :func:`optimize`.
+
         Raises:
+            OptionError: ``refine`` is not legal.
             LowRankError: this module was loaded or folded, so it has no calibration.
             TargetError: the target cannot be reached.
         """
@@ -99,7 +109,14 @@ class LowRankModule(nn.Module):
                 "replan needs the calibration, which a loaded or folded module does not have; call optimize again"
             )
         with settled(self.session.program.device):
-            return build(self.session, check_target(target), self.artifact, compile=self.compiled, clone=self._clone)
+            return build(
+                self.session,
+                check_target(target),
+                self.artifact,
+                compile=self.compiled,
+                clone=self._clone,
+                refine=refine,
+            )
 
     def fold(self) -> LowRankModule:
         """The same model with one dense operator per site again, for runtimes that want it; shares no tensor."""
@@ -155,8 +172,17 @@ class LowRankModule(nn.Module):
         )
 
 
-def build(session: Session, target: Target, base: Artifact | None, *, compile: bool, clone: bool) -> LowRankModule:
-    """Plan, rewrite, compile and measure.
+def build(
+    session: Session,
+    target: Target,
+    base: Artifact | None,
+    *,
+    compile: bool,
+    clone: bool,
+    refine: Refine | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> LowRankModule:
+    """Plan, rewrite, refine, compile and measure.
 
     Args:
         session: the calibrated model.
@@ -164,7 +190,10 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
         base: an earlier artifact of the same session, whose checksums must still hold; None for the first.
         compile: whether the result is compiled, and measured against the compiled original.
         clone: whether the result owns the tensors that are not factored.
+        refine: options of refinement, or None.
+        checkpoint: a folder that keeps the state of refinement, or None.
     """
+    check_refine(refine, clone=clone)
     checksums = base_weights(session.model)
     changed = [] if base is None else [name for name, entry in checksums.items() if base.base.get(name) != entry]
     if changed:
@@ -172,25 +201,45 @@ def build(session: Session, target: Target, base: Artifact | None, *, compile: b
             f"{changed[0]!r} of the original model has changed since it was calibrated, so nothing that was measured "
             "holds for it; call optimize again"
         )
-    plan, factored = session.plan(target)
+    plan, chosen = session.plan(target)
     if compile and (cause := _refused_by_compile(session)) is not None:
         compile = False
         plan = replace(plan, notes=(*plan.notes, f"it runs without torch.compile, which refuses this model: {cause}"))
 
-    def make(plan: Plan, chosen: dict[str, Any], timing: PairedTiming | None) -> LowRankModule:
-        program = session.program.factorize(chosen, clone=clone)
-        sites = {name: site for name, (site, _) in chosen.items()}
-        artifact = Artifact(program, plan, sites, checksums, timing)
-        return LowRankModule(artifact, session, compile=compile, clone=clone)
+    def make(plan: Plan, chosen: Made, program: Program) -> LowRankModule:
+        sites = {name: site for name, (site, _) in chosen.factored.items()}
+        return LowRankModule(Artifact(program, plan, sites, checksums), session, compile=compile, clone=clone)
 
-    made = make(plan, factored, None)
-    if not factored:
-        return made
+    def unrefined(plan: Plan, chosen: Made) -> LowRankModule:
+        return make(plan, chosen, chosen.into(session.program, clone=clone))
+
+    if not chosen.factored:
+        return unrefined(plan, chosen)
+    if refine is None:
+        made = unrefined(plan, chosen)
+    else:
+        plan, program = refined_plan(session, plan, chosen, refine, checkpoint)
+        made = make(plan, chosen, program)
     timing = measure(session, made)
-    if isinstance(target, Tolerance) and timing.speedup < 1:
-        return make(session.dense_plan(plan, SLOWER), {}, None)
+    if isinstance(target, Tolerance | Metric) and timing.speedup < 1:
+        return unrefined(session.dense_plan(plan, SLOWER), Made({}))
     made.artifact.timing = timing
     return made
+
+
+def check_refine(refine: object, *, clone: bool) -> Refine | None:
+    """Return ``refine`` if it holds options of refinement, or is None.
+
+    Raises:
+        OptionError: it is something else, or the result would share tensors that refinement changes.
+    """
+    if refine is None or (isinstance(refine, Refine) and clone):
+        return refine
+    if isinstance(refine, Refine):
+        raise OptionError(
+            f"refine={refine!r} changes biases and norms, which copy=False shares with the model; pass copy=True"
+        )
+    raise OptionError(f"refine={refine!r}: give Refine(), such as Refine(steps=500), or None")
 
 
 def _refused_by_compile(session: Session) -> str | None:

@@ -23,10 +23,12 @@ from lowrank_fx.capture import device_of, unwrap
 from lowrank_fx.effects import error_curves, measure_effects
 from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
 from lowrank_fx.forms import FORMS
+from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
-from lowrank_fx.module import LowRankModule, build
+from lowrank_fx.module import LowRankModule, build, check_refine
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.program import Program
+from lowrank_fx.refine_options import Refine
 from lowrank_fx.refusal import ExportError
 from lowrank_fx.session import Session
 from lowrank_fx.sites import SiteTable
@@ -53,6 +55,7 @@ def optimize(
     sketch_memory: int | str = "256MiB",
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    refine: Refine | None = None,
     progress: bool = True,
 ) -> LowRankModule:
     """Make a trained model smaller and faster by factoring its linear and convolution layers.
@@ -63,7 +66,7 @@ def optimize(
             not take are dropped), a tensor is the one argument, a tuple or list is positional and cut to what
             ``forward`` requires. About every fifth batch is held out to choose the plan and to report its error.
             Or a :class:`~lowrank_fx.calibration.Calibration` of this model, as :func:`calibrate` returns it.
-        target: ``Tolerance(error)``, ``Keep(params=share)`` or ``Keep(flops=share)``.
+        target: ``Tolerance(error)``, ``Keep(params=share)``, ``Keep(flops=share)``, or ``Metric(fn, max_drop=drop)``.
         skip: patterns of layers to leave alone, such as ``"*.pooler.*"``.
         planner: ``"budget"`` (the default: measured effects, the best of several allocations), ``"energy"`` or
             ``"uniform"``.
@@ -78,7 +81,9 @@ def optimize(
         sketch_size: force Frequent Directions sketches of this many rows on every tap.
         sketch_memory: bytes that all sketches may hold while they stay exact, such as ``"256MiB"``.
         seed: chooses which rows are sampled. The same seed, model and data give the same plan, byte for byte.
-        checkpoint: a folder that keeps the state of calibration; see :func:`calibrate`.
+        checkpoint: a folder that keeps the state of calibration, see :func:`calibrate`, and of refinement.
+        refine: after the plan is made, let factors, biases and norms learn from the original on the calibration
+            batches, without labels: ``Refine()``, or ``Refine(steps=..., lr=...)``.
         progress: show progress bars for work over two seconds.
 
     Returns:
@@ -92,6 +97,7 @@ def optimize(
         StorageError: the checkpoint cannot be written, is damaged, or is of another run.
     """
     check_target(target)
+    check_refine(refine, clone=copy)
     find_planner(planner)
     for name in _check_names("forms", forms or ()):
         if name not in FORMS:
@@ -115,7 +121,8 @@ def optimize(
             program, table, calibration = _calibrate(
                 inner, calib_loader, **calibrating, capture=capture, skip=skip, shard=None, progress=progress
             )
-        curves = error_curves(program, table, calibration, forms, progress)
+        gradients = output_gradients(program, table, calibration, progress=progress)
+        curves = error_curves(program, table, calibration, forms, progress, gradients)
         session = Session(
             model=inner,
             program=program,
@@ -126,8 +133,9 @@ def optimize(
             planner=planner,
             notes=(*remarks, *program.notes, *calibration.notes, *random_note(program, calibration.select_batches[0])),
             params=sum(parameter.numel() for parameter in inner.parameters()),
+            progress=progress,
         )
-        return build(session, target, None, compile=compile, clone=copy)
+        return build(session, target, None, compile=compile, clone=copy, refine=refine, checkpoint=checkpoint)
 
 
 def calibrate(
@@ -277,18 +285,18 @@ def take(model: nn.Module, call: Call, capture: Capture = "auto") -> Program:
     if capture not in get_args(Capture):
         raise OptionError(f"capture={capture!r}: the legal values are {', '.join(map(repr, get_args(Capture)))}")
     if capture == "modules":
-        return TreeProgram.from_model(model)
+        return TreeProgram.from_model(model, example=call)
     try:
         captured = capture_graph(model, call)
     except CaptureError as error:
         if capture == "export":
             raise
         cause = error.cause if isinstance(error, ExportError) else str(error)
-        return TreeProgram.from_model(model, (f"taken as a tree of modules, because {cause}",))
+        return TreeProgram.from_model(model, (f"taken as a tree of modules, because {cause}",), example=call)
     if capture == "auto" and not captured.dynamic:
         reason = "taken as a tree of modules, because torch.export can capture it for one batch size only"
         with contextlib.suppress(CaptureError):  # an exported graph has no tree, and a copy may be refused
-            return TreeProgram.from_model(model, (reason,))
+            return TreeProgram.from_model(model, (reason,), example=call)
     return GraphProgram.from_capture(captured)
 
 

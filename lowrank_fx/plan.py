@@ -38,6 +38,7 @@ class SitePlan:
         bound: the upper end; the two differ by rounding unless the tap was sketched.
         effect: predicted relative error of the model's output if this site alone is factored.
         reason: why it stays dense; empty where it is factored.
+        basis: what chose the directions that are kept: ``"activation"``, or the outputs' ``"gradient"`` besides.
     """
 
     name: str
@@ -52,6 +53,7 @@ class SitePlan:
     bound: float
     effect: float
     reason: str
+    basis: str = "activation"
 
     @property
     def factored(self) -> bool:
@@ -87,6 +89,54 @@ class TradeOff:
 
 
 @dataclass(frozen=True)
+class MetricPoint:
+    """A plan that was scored: the share of the model it keeps, its error on the select half, its metric."""
+
+    kept: float
+    error: float
+    value: float
+
+
+@dataclass(frozen=True)
+class MetricSearch:
+    """What a search by the user's metric saw.
+
+    Attributes:
+        before: the original's metric.
+        after: the metric of this plan.
+        points: every other evaluation, in order; shares are of what the target makes small.
+    """
+
+    before: float
+    after: float
+    points: tuple[MetricPoint, ...]
+
+    @property
+    def evaluations(self) -> int:
+        """How often the metric was asked for, the original included."""
+        return 1 + len(self.points)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What refinement did.
+
+    Attributes:
+        steps: that were done.
+        best_step: after how many of them the state was best that came back; 0 if none lowered the held-out error.
+        before: error on the select half before the first step.
+        after: error on the select half of what came back.
+        options: of refinement, as JSON.
+    """
+
+    steps: int
+    best_step: int
+    before: float
+    after: float
+    options: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan for one model.
 
@@ -105,6 +155,8 @@ class Plan:
         error: joint error on the other held-out half; the one to report.
         candidates: candidate allocation -> its error on the select half, at the budget chosen.
         curve: trade-off curve, predicted.
+        metric: what the search by a metric saw; None for other targets.
+        refinement: what refinement did; None where none was asked for.
     """
 
     target: Target
@@ -121,6 +173,8 @@ class Plan:
     error: float
     candidates: tuple[tuple[str, float], ...]
     curve: tuple[TradeOff, ...]
+    metric: MetricSearch | None = None
+    refinement: Refinement | None = None
 
     @property
     def factored(self) -> tuple[SitePlan, ...]:
@@ -163,6 +217,8 @@ def _read(data: Any, kind: Any, where: str) -> Any:
             return target_from_json(data)
         except TargetError as error:
             raise PlanError(f"a plan is malformed: {where}: {error}") from error
+    if isinstance(kind, UnionType) and isinstance(data, dict):
+        kind = next((member for member in get_args(kind) if dataclasses.is_dataclass(member)), kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(data, dict):
         kinds = get_type_hints(kind)
         if data.keys() != kinds.keys():

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lowrank_fx._render import Mark, count, environment, knee, number, percent, scaled, seconds, speed
+from lowrank_fx.double_sided import variant
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan, SitePlan, TradeOff
-from lowrank_fx.targets import Keep, Quantity, Tolerance
+from lowrank_fx.targets import Keep, Metric, Quantity, Tolerance
 
 WIDTH = 110
 """Columns of the plain text."""
@@ -38,6 +39,7 @@ class Report:
         blocks = [
             [f"lowrank_fx: {self.plan.target}", *_wrap(self.headline)],
             self._totals(),
+            self._scores(),
             self._layers(),
             self._left_alone(),
             _section("Folded before layers were looked for", self.plan.cleanup),
@@ -66,7 +68,8 @@ class Report:
         said = (
             f"{len(plan.factored)} of {len(plan.sites)} layers are factored: "
             f"{percent(totals.kept('params', 'model'))} of the parameters and {percent(totals.kept('flops', 'model'))} "
-            f"of the FLOPs remain, at a held-out error of {number(plan.error)}."
+            f"of the FLOPs remain, at a held-out error of {number(plan.error)}"
+            f"{f' and a metric of {plan.metric.after:.6g}, before {plan.metric.before:.6g}' if plan.metric else ''}."
         )
         if self.timing is None:
             return f"{said} Its speed was not measured."
@@ -76,8 +79,8 @@ class Report:
 
     @property
     def quantity(self) -> Quantity:
-        """What the plan was made to save: the quantity of its budget, or FLOPs for a tolerance."""
-        return self.plan.target.quantity if isinstance(self.plan.target, Keep) else "flops"
+        """What the plan was made to save: the quantity that was asked for, or FLOPs for a tolerance."""
+        return self.plan.target.quantity if isinstance(self.plan.target, Keep | Metric) else "flops"
 
     @property
     def asked_error(self) -> float | None:
@@ -105,9 +108,36 @@ class Report:
         return rows
 
     @property
-    def limit(self) -> tuple[str, float]:
+    def metric(self) -> str:
+        """The metric before and after, what it was allowed to lose, and how often it was asked for; empty without."""
+        target, seen = self.plan.target, self.plan.metric
+        if seen is None or not isinstance(target, Metric):
+            return ""
+        return (
+            f"{seen.before:.6g} to {seen.after:.6g} by {target.name}, a drop of "
+            f"{target.drop(seen.before, seen.after):.3g}, asked at most {target.max_drop:g}; evaluated "
+            f"{seen.evaluations} times of at most {target.evaluations}"
+        )
+
+    @property
+    def scores(self) -> list[tuple[str, str, str, str, str]]:
+        """Share kept, error, metric, drop and verdict of every model that the metric was asked about; a row each."""
+        target, seen = self.plan.target, self.plan.metric
+        if seen is None or not isinstance(target, Metric):
+            return []
+        rows = [(percent(1.0), number(0.0), f"{seen.before:.6g}", "", "the original")]
+        for point in seen.points:
+            verdict = "holds" if target.holds(seen.before, point.value) else "drops too far"
+            drop = f"{target.drop(seen.before, point.value):.3g}"
+            rows.append((percent(point.kept), number(point.error), f"{point.value:.6g}", drop, verdict))
+        return rows
+
+    @property
+    def limit(self) -> tuple[str, float] | None:
         """What was asked for, as :func:`chart` draws it; a share of the sites is told as one of the model."""
         target, totals = self.plan.target, self.plan.totals
+        if isinstance(target, Metric):
+            return None
         if isinstance(target, Tolerance):
             return "error", target.error
         if target.of == "model":
@@ -154,6 +184,8 @@ class Report:
                 f"plan, {number(plan.predicted_error)} predicted",
             )
         ]
+        if self.metric:
+            facts.append(("metric", self.metric))
         if timing is not None:
             facts.append(
                 (
@@ -169,10 +201,21 @@ class Report:
                 for name, error in plan.candidates
             )
             facts.append(("candidates", f"{tried}: error of each on the half that chose the plan"))
+        if plan.refinement is not None:
+            done = plan.refinement
+            kept = f"that of step {done.best_step} was kept" if done.best_step else "none of them lowered it"
+            said = f"error {number(done.before)} to {number(done.after)} on that half in {done.steps} steps, {kept}"
+            facts.append(("refinement", said))
         facts.append(("planner", f"{plan.planner}, seed {plan.seed}"))
         for name, fact in facts:
             lines += textwrap.wrap(fact, WIDTH, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
         return lines
+
+    def _scores(self) -> list[str]:
+        if not self.scores:
+            return []
+        header = (f"{'FLOPs' if self.quantity == 'flops' else 'parameters'} kept", "error", "metric", "drop", "")
+        return ["Metric: every model that was scored, in order", *aligned([header, *self.scores], "rrrrl")]
 
     def _layers(self) -> list[str]:
         sites = self.plan.sites
@@ -259,7 +302,7 @@ def _cells(site: SitePlan) -> tuple[str, ...]:
     before, after = site.params
     return (
         shape,
-        site.form,
+        variant(site.form, site.basis),
         str(site.rank),
         f"{count(before)} -> {count(after)}",
         percent(after / before),

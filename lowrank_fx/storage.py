@@ -127,7 +127,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None 
         raise StorageError(f"{path}: the file is damaged: its checksum is not the one in {PLAN_FILE}")
     program: Program
     if way == "modules":
-        program = TreeProgram.from_model(model)
+        program = TreeProgram.from_model(model, known={entry.weight for entry in plan.sites})
     else:
         if example is None:
             if stored_call is None:

@@ -14,9 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_fx.errors import PlanError
-from lowrank_fx.plan import PLAN_VERSION, Plan, SitePlan, Totals, TradeOff
+from lowrank_fx.plan import PLAN_VERSION, MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.sites import LeftAlone
-from lowrank_fx.targets import Keep, Target, Tolerance
+from lowrank_fx.targets import Keep, Metric, Target, Tolerance
+
+
+def accuracy(model: object) -> float:
+    return 0.917
+
 
 PLAN = Plan(
     target=Keep(flops=0.6),
@@ -37,6 +42,7 @@ PLAN = Plan(
     error=0.12,
     candidates=(("effect", 0.11), ("uniform", 0.2)),
     curve=(TradeOff(0.3, 0.2, 0.5), TradeOff(1.0, 1.0, 0.0)),
+    metric=MetricSearch(0.925, 0.917, (MetricPoint(0.5, 0.2, 0.85), MetricPoint(0.7, 0.1, 0.917))),
 )
 TEXT = PLAN.to_json()
 
@@ -57,6 +63,8 @@ PLANS = st.builds(
     totals=st.builds(Totals, PAIRS, PAIRS, PAIRS, PAIRS), predicted_error=NUMBERS, select_error=NUMBERS, error=NUMBERS,
     candidates=st.lists(st.tuples(st.text(), NUMBERS), max_size=3).map(tuple),
     curve=st.lists(st.builds(TradeOff, NUMBERS, NUMBERS, NUMBERS), max_size=3).map(tuple),
+    metric=st.none() | st.builds(MetricSearch, NUMBERS, NUMBERS, st.lists(
+        st.builds(MetricPoint, NUMBERS, NUMBERS, NUMBERS), max_size=3).map(tuple)),
 )  # fmt: skip
 
 
@@ -67,7 +75,9 @@ def test_any_plan_is_byte_equal_through_json(plan: Plan) -> None:
     assert Plan.from_json(text).to_json() == text
 
 
-@pytest.mark.parametrize("target", [Tolerance(0.05), Keep(flops=0.6), Keep(params=1, of="sites")])
+@pytest.mark.parametrize(
+    "target", [Tolerance(0.05), Keep(flops=0.6), Keep(params=1, of="sites"), Metric(accuracy, 0.1)]
+)
 def test_a_plan_is_byte_equal_through_json(target: Target) -> None:
     plan = replace(PLAN, target=target)
     text = plan.to_json()
@@ -88,6 +98,8 @@ def test_what_a_plan_says() -> None:
     assert totals.kept("params", "sites") == 17836 / 25008
     assert totals.kept("flops", "sites") == 1800 / 2900
     assert Totals((0, 0), (0, 0), (0, 0), (0, 0)).kept("params", "sites") == 1.0
+    assert PLAN.metric is not None
+    assert PLAN.metric.evaluations == 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLAN.seed = 4  # type: ignore[misc]
 
@@ -139,7 +151,8 @@ def at(data: Any, path: tuple[Any, ...]) -> Any:
 
 
 PLACES = [path for path in places(json.loads(TEXT)) if path[0] != "version"]
-OF_ANY_LENGTH = [(field,) for field in ("sites", "left_alone", "cleanup", "notes", "candidates", "curve")]
+LISTS = ("sites", "left_alone", "cleanup", "notes", "candidates", "curve")
+OF_ANY_LENGTH: list[tuple[str, ...]] = [*((field,) for field in LISTS), ("metric", "points")]
 
 
 def is_legal(path: tuple[Any, ...], old: Any, new: Any) -> bool:
@@ -147,6 +160,8 @@ def is_legal(path: tuple[Any, ...], old: Any, new: Any) -> bool:
         return new == [] and path in OF_ANY_LENGTH
     if isinstance(new, dict):
         return False
+    if path == ("metric",):
+        return new is None
     return type(old) is type(new) or (isinstance(old, float) and type(new) is int)
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from lowrank_fx._render import Mark, chart, count, knee, number, percent, scaled, seconds, speed, ticks
 from lowrank_fx.latency import PairedTiming
-from lowrank_fx.plan import Plan, SitePlan, Totals, TradeOff
+from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.report import WIDTH, Report, common_prefix
 from lowrank_fx.sites import LeftAlone
-from lowrank_fx.targets import Keep, Target, Tolerance
+from lowrank_fx.targets import Keep, Metric, Quantity, Target, Tolerance
 
 TIMING = PairedTiming(speedup=1.4567, baseline_seconds=0.0312, candidate_seconds=0.02142, spread=0.03, rounds=15)
 
@@ -117,6 +117,47 @@ def test_the_text_puts_measured_beside_predicted() -> None:
     assert "speed 1.46x measured (31.2 ms to 21.4 ms, interquartile range 0.03 over 15 rounds); 1.31x if time" in text
     assert "effect 0.0205 (chosen), energy 0.0300, uniform 0.0405: error of each" in text
     assert "planner budget, seed 7" in text
+
+
+def perplexity(model: object) -> float:
+    return 8.0
+
+
+SEARCH = MetricSearch(8.0, 8.25, (MetricPoint(0.6, 0.09, 9.125), MetricPoint(0.761, 0.0205, 8.25)))
+
+
+@pytest.mark.parametrize(("of", "heading"), [("flops", "FLOPs kept"), ("params", "parameters kept")])
+def test_a_metric_is_told_before_and_after_with_every_model_that_was_scored(of: Quantity, heading: str) -> None:
+    target = Metric(perplexity, 0.5, of=of, evaluations=9, higher_is_better=False)
+    report = Report(plan_for(target, metric=SEARCH), TIMING)
+    assert report.quantity == of
+    assert "at a held-out error of 0.0211 and a metric of 8.25, before 8. It measured" in report.headline
+    text = " ".join(str(report).split())
+    assert (
+        f"metric 8 to 8.25 by {__name__}.perplexity, a drop of 0.25, asked at most 0.5; evaluated 3 times of at most 9"
+    ) in text
+    lines = lines_of(report)
+    rows = [words(line) for line in lines]
+    table = [
+        [heading, "error", "metric", "drop"],
+        ["100.0 %", "0", "8", "the original"],
+        ["60.0 %", "0.0900", "9.125", "1.12", "drops too far"],
+        ["76.1 %", "0.0205", "8.25", "0.25", "holds"],
+    ]
+    start = rows.index(table[0])
+    assert lines[start - 1] == "Metric: every model that was scored, in order"
+    assert rows[start : start + 4] == table
+    page = report.to_html()
+    for cell in (heading, *table[2], *table[3], "asked at most 0.5; evaluated 3 times of at most 9"):
+        assert cell in page
+    assert 'class="limit"' not in page
+
+
+def test_a_metric_is_not_spoken_of_for_other_targets() -> None:
+    report = Report(plan_for(), TIMING)
+    assert (report.metric, report.scores) == ("", [])
+    assert "metric" not in str(report).lower()
+    assert "<h2>Metric</h2>" not in report.to_html()
 
 
 def test_a_layer_is_a_row_and_a_dense_one_says_why() -> None:

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule
 
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
-from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.forms import Channel, Factors, LowRank
 from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
@@ -62,7 +62,7 @@ class Setup:
             for shape in ((rank, site.in_features), (site.out_features, rank))
         ]
         shift = torch.randn(site.out_features, generator=generator).double() if site.centered else None
-        form = FORMS["channel" if site.kind == "conv2d" else "lowrank"]
+        form = Channel() if site.kind == "conv2d" else LowRank()
         return Factors(*form.shaped(site, pair[0], pair[1]), shift)
 
     def by_hand(self) -> nn.Module:

@@ -1,0 +1,110 @@
+"""What a user says about refinement: :class:`Refine`, a frozen value with a JSON form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+
+from lowrank_fx.batches import Call
+from lowrank_fx.errors import OptionError
+
+Schedule: TypeAlias = Literal["one_cycle", "cosine"]
+Augment: TypeAlias = Callable[[Call, torch.Generator], Call]
+
+
+@dataclass(frozen=True)
+class Refine:
+    """How a factored model is refined.
+
+    Args:
+        steps: batches that are trained on, at most.
+        lr: the largest step size of AdamW, for parameters of any size: it is a share of their root mean square.
+        batch: rows per step; None for as many as the first calibration batch has.
+        schedule: ``"one_cycle"`` rises to ``lr`` and falls to nearly nothing; ``"cosine"`` falls from the start.
+        blocks: weight of the sites' own errors beside the error of the outputs; 0 leaves them out.
+        weight_decay: as in AdamW.
+        every: steps from one look at the held-out batches to the next; None for a twentieth of ``steps``.
+        patience: it ends after so many looks without a new best.
+        seed: of the order of rows, and of the numbers that ``augment`` draws.
+        augment: changes each batch before both models see it: a function of the batch and a generator, such as
+            :func:`~lowrank_fx.training_batches.flip_and_shift`.
+
+    Raises:
+        OptionError: a value is not legal; the message says which.
+    """
+
+    steps: int = 500
+    lr: float = 0.005
+    batch: int | None = None
+    schedule: Schedule = "one_cycle"
+    blocks: float = 1.0
+    weight_decay: float = 0.0
+    every: int | None = None
+    patience: int = 8
+    seed: int = 0
+    augment: Augment | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "every", "patience"):
+            value = getattr(self, name)
+            if value is None and name in ("batch", "every"):
+                continue
+            if type(value) is not int or value < 1:
+                raise OptionError(f"Refine({name}={value!r}): give a whole number of at least 1")
+        if type(self.seed) is not int:
+            raise OptionError(f"Refine(seed={self.seed!r}): give a whole number")
+        for name in ("lr", "blocks", "weight_decay"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (name == "lr" and value == 0):
+                least = "above 0, such as 0.005" if name == "lr" else "of at least 0"
+                raise OptionError(f"Refine({name}={value!r}): give a finite number {least}")
+        if self.schedule not in get_args(Schedule):
+            legal = ", ".join(map(repr, get_args(Schedule)))
+            raise OptionError(f"Refine(schedule={self.schedule!r}): the legal values are {legal}")
+        if self.augment is not None and not callable(self.augment):
+            raise OptionError(f"Refine(augment={self.augment!r}): give a function of a batch and a torch.Generator")
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON data; ``augment`` by its name."""
+        names = ("steps", "lr", "batch", "schedule", "blocks", "weight_decay", "every", "patience", "seed")
+        return {
+            "type": "refine",
+            **{name: getattr(self, name) for name in names},
+            "augment": callable_name(self.augment),
+        }
+
+
+def refine_from_json(data: Any, augment: Augment | None = None) -> Refine:
+    """Read options back from :meth:`Refine.to_json`.
+
+    Args:
+        data: the JSON data.
+        augment: the function that it names; functions are not stored.
+
+    Raises:
+        OptionError: the data is not of that form, or names another function.
+    """
+    try:
+        values = dict(data)
+        kind, named = values.pop("type"), values.pop("augment")
+        if kind == "refine" and named == callable_name(augment):
+            return Refine(**values, augment=augment)
+    except (TypeError, KeyError, ValueError) as error:
+        raise OptionError(f"not options of refinement: {data!r} ({error})") from error
+    if kind == "refine":
+        raise OptionError(
+            f"these options of refinement were made with augment={named}, not {callable_name(augment)}; pass it"
+        )
+    raise OptionError(f"not options of refinement: {data!r}")
+
+
+def callable_name(augment: Augment | None) -> str | None:
+    """Where a function is defined, as ``module:name``; None for None."""
+    if augment is None:
+        return None
+    return f"{getattr(augment, '__module__', '')}:{getattr(augment, '__qualname__', type(augment).__qualname__)}"

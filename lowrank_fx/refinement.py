@@ -1,0 +1,105 @@
+"""From a plan to a refined model: the factored program learns, and what the plan says of it is measured anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_fx.corrections import Made
+from lowrank_fx.effects import held_out_error
+from lowrank_fx.forms import Factors
+from lowrank_fx.plan import Plan, Refinement
+from lowrank_fx.program import Factored, Program
+from lowrank_fx.refine import Refined, refine
+from lowrank_fx.refine_options import Refine
+from lowrank_fx.scored import score
+from lowrank_fx.session import Session
+from lowrank_fx.sites import Site
+from lowrank_fx.targets import Metric
+
+
+def refined_plan(
+    session: Session, plan: Plan, chosen: Made, options: Refine, checkpoint: str | os.PathLike[str] | None
+) -> tuple[Plan, Program]:
+    """Refine what a plan makes of a model.
+
+    Args:
+        session: the calibrated model.
+        plan: how it is factored.
+        chosen: what the plan puts into the program.
+        options: of refinement.
+        checkpoint: a folder; the state is kept inside of it, in a folder of its own for each plan. None keeps none.
+
+    Returns:
+        The plan with the errors of the refined program, and that program, which owns its tensors. Under a ``Metric``
+        that no longer holds after it, the unrefined program with a note.
+
+    Raises:
+        CalibrationError: calibration kept no inputs.
+        OptionError: ``augment`` returned something that is not a batch.
+        StorageError: the checkpoint cannot be written, is damaged, or is of another run.
+    """
+    program = chosen.into(session.program, clone=True)
+    key = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+    folder = None if checkpoint is None else Path(checkpoint) / f"refine-{key}"
+    done = refine(
+        session.program,
+        program,
+        session.calibration.input_batches,
+        session.calibration.select_batches,
+        options,
+        checkpoint=folder,
+        progress=session.progress,
+    )
+    said = Refinement(done.steps, done.best_step, done.start, done.best, json.dumps(options.to_json(), sort_keys=True))
+    plan = replace(plan, notes=(*plan.notes, *done.notes), refinement=said)
+    if not done.best_step:
+        word = "refinement lowered no held-out error, so the factors are those that the plan started with"
+        return replace(plan, notes=(*plan.notes, word)), program
+    if isinstance(plan.target, Metric) and plan.metric is not None:
+        value = score(plan.target, program.copy(), "the refined plan")
+        if not plan.target.holds(plan.metric.before, value):
+            word = f"refinement took the metric to {value:g}, further than allowed, so it was undone"
+            undone = replace(said, best_step=0, after=said.before)
+            unrefined = chosen.into(session.program, clone=True)
+            return replace(plan, notes=(*plan.notes, word), refinement=undone), unrefined
+        plan = replace(plan, metric=replace(plan.metric, after=value))
+    return _measured_again(session, plan, chosen.factored, program, done), program
+
+
+def _measured_again(session: Session, plan: Plan, factored: Factored, program: Program, done: Refined) -> Plan:
+    """The plan with the errors of a program whose factors are no longer those that the plan was made with."""
+    state = dict(program.module.named_parameters(remove_duplicate=False))
+    before = dict(session.program.module.named_parameters(remove_duplicate=False))
+    sites = []
+    for entry in plan.sites:
+        if entry.factored:
+            site, factors = factored[entry.name]
+            error, bound = session.site_error(site, _stored(site, factors, state, before))
+            entry = replace(entry, error=error, bound=bound)
+        sites.append(entry)
+    return replace(
+        plan,
+        sites=tuple(sites),
+        candidate=f"{plan.candidate}, refined",
+        candidates=(*plan.candidates, (f"{plan.candidate}, refined", done.best)),
+        select_error=done.best,
+        error=held_out_error(program, session.calibration.report_batches),
+    )
+
+
+def _stored(site: Site, factors: Factors, state: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Factors:
+    """A site's factors as they are in a program now; the shift is what its bias has gained."""
+    tensors: dict[str, Any] = {name: state[site.attribute(name)].detach() for name in factors.tensors}
+    shift = factors.shift
+    if site.biases and shift is not None:
+        name = site.biases[0]
+        shift = state[name].detach().double() - before[name].detach().double()
+    return replace(factors, **tensors, shift=shift)
