@@ -1,216 +1,200 @@
-"""How much of a trained model's accuracy is left when layers are factored, without labels and without training?
+"""How much of a trained model's accuracy is left when its layers are factored, and what is each idea worth?
 
-Two real models, each calibrated on unlabelled training data and measured on data that calibration never saw:
+Five real models (``subjects.py``), each calibrated on unlabelled training data and measured on data that nothing else
+saw. One row per lead, each on top of those before it; then what ``optimize`` returns, and what refinement makes of it.
+Every choice within a row is made by held-out calibration data.
 
-- all-MiniLM-L6-v2 (sentence encoder, mean pooling): cosine of the embeddings to the original's, and rank correlation
-  with human scores;
-- ResNet-20 on CIFAR-10: points of accuracy lost.
-
-Nothing is compiled: compiling changes the speed, not the accuracy. The page goes to results/accuracy.md.
+Nothing is compiled: compiling changes the speed, not the accuracy. The page goes to results/accuracy.md; ``--only``
+measures some of its sections again and leaves the others as they are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import common
-import numpy as np
-import torch
-from common import Batch
-from torch import Tensor, nn
+from subjects import SUBJECTS, Aim, Measured, Subject
+from torch import nn
 
-from lowrank_fx import Keep, LowRankModule, optimize
-from lowrank_fx._render import number, percent, speed
-from lowrank_fx.demo import load_encoder
+from lowrank_fx import Keep, LowRankModule, Refine, optimize
+from lowrank_fx._render import number, percent
+from lowrank_fx.double_sided import split_variant
+from lowrank_fx.planners.budget import by_effect
+from lowrank_fx.planners.energy import by_energy
+from lowrank_fx.planners.problem import Allocator, Problem
+from lowrank_fx.planners.uniform import uniform
+from lowrank_fx.scored import ScoredModule
+from lowrank_fx.session import Session
+from lowrank_fx.training_batches import flip_and_shift
 
-COSINES = ((0.8, 0.95), (0.67, 0.90), (0.5, 0.82))
-"""Share of the layers' parameters kept, and the least cosine asked for."""
+T = TypeVar("T")
 
-POINTS = ((0.8, 0.8), (0.7, 1.8), (0.6, 4.5))
-"""Share of all parameters kept, and the most points of accuracy that may be lost."""
+BASIC = ("lowrank", "channel")
+"""The forms that project a layer's output on its principal directions, without alternation."""
 
-TEST_SENTENCES = 600
-TRAINING_IMAGES = 1024
-IMAGE_BATCH = 128
+REFINE = {
+    "minilm": Refine(steps=600),
+    "resnet20": Refine(steps=1000, lr=0.01, batch=128, augment=flip_and_shift),
+    "resnet56": Refine(steps=400, lr=0.01, batch=128, augment=flip_and_shift),
+    "vit": Refine(steps=400, batch=128, augment=flip_and_shift),
+    "lm": Refine(steps=400),
+}
 
-PLAN_COLUMNS = ("of all parameters", "held-out error", "predicted", "won", "speed, eager")
+
+@dataclass(frozen=True)
+class Lead:
+    """One way to plan.
+
+    Attributes:
+        name: of the row.
+        variants: which variants of forms take part.
+        allocate: spends the budget.
+        corrected: how the factors are corrected afterwards: ``""``, ``"refitted"`` or ``"closed loop"``.
+    """
+
+    name: str
+    variants: Callable[[str, str], bool]
+    allocate: Allocator
+    corrected: str = ""
+
+
+LEADS = (
+    Lead("output PCA, uniform", lambda form, basis: form in BASIC and basis == "activation", uniform),
+    Lead("allocated by energy", lambda form, basis: form in BASIC and basis == "activation", by_energy),
+    Lead("allocated by measured effects", lambda form, basis: form in BASIC and basis == "activation", by_effect),
+    Lead("+ all forms", lambda form, basis: basis == "activation", by_effect),
+    Lead("+ gradient basis", lambda form, basis: True, by_effect),
+    Lead("+ refitted", lambda form, basis: True, by_effect, "refitted"),
+    Lead("+ closed loop instead", lambda form, basis: True, by_effect, "closed loop"),
+)
 
 
 def main() -> None:
     """Measure what there is data for, and write the page."""
     parser = common.option_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="sections to measure")
+    parser.add_argument("--no-refine", action="store_true", help="leave the rows of refinement out")
     options = parser.parse_args()
     data = common.data_dir(parser, options.data_dir)
     if data is None:
         print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
         return
-    facts = common.machine(options.date)
-    lines = ["# Accuracy that is left without labels and without training", "", *facts, ""]
-    lines += [*sentence_encoder(data), "", *image_classifier(data), "", *common.paragraph(LEGEND)]
-    common.publish(options.out, "accuracy.md", lines)
+    page = options.out / "accuracy.md"
+    sections = _sections(page)
+    for name in options.only:
+        subject = SUBJECTS[name](data)
+        facts = common.machine(options.date)
+        body = section(subject, None if options.no_refine else REFINE[name])
+        sections[subject.title] = [*facts, "", *body]
+        lines = ["# Accuracy that is left without labels", "", *common.paragraph(LEGEND)]
+        for title, text in sections.items():
+            lines += ["", f"## {title}", "", *text]
+        common.publish(options.out, page.name, lines)
 
 
 LEGEND = (
-    "*Held-out error*: relative L2 error of the model's outputs on calibration data that chose nothing; *predicted*: "
-    "the same from the layers' measured effects, added in squares. *Won*: the allocation that did best on other "
-    "held-out data. *Speed, eager*: against the original on one calibration batch, uncompiled, in paired turns."
+    "A row per lead, each on top of those above it, all from one calibration; *optimize* is what `optimize` returns, "
+    "which compares candidates on held-out calibration data. *Held-out error*: relative L2 error of the model's "
+    "outputs on calibration data that chose nothing. *Asked* is what the project set itself, for the plan before and "
+    "after refinement. Refinement distils from the original on the calibration batches, without labels. *Seconds* are "
+    "those of the row alone; `optimize` comes after calibration, and the first one compiles nothing."
 )
 
 
-def models(model: nn.Module, loader: Sequence[Any], targets: Sequence[Keep]) -> Iterator[LowRankModule]:
-    """The model for each target, all from one calibration."""
-    made: LowRankModule | None = None
-    for target in targets:
-        made = optimize(model, loader, target=target, compile=False) if made is None else made.replan(target)
-        yield made
+def section(subject: Subject, refine: Refine | None) -> list[str]:
+    """A table per target."""
+    started = time.monotonic()
+    made = optimize(subject.model, subject.loader, target=subject.aims[0].target, compile=False)
+    planned = time.monotonic() - started
+    assert made.session is not None
+    header = (
+        "",
+        subject.figure,
+        "asked",
+        "met",
+        *subject.extra,
+        "of parameters",
+        "of FLOPs",
+        "held-out error",
+        "seconds",
+    )
+    lines = common.paragraph(f"{subject.about} Calibration, effects and the first plan took {planned:.0f} s.")
+    for aim in subject.aims:
+        rows = [*_rows(subject, aim, made.session)]
+        plain, seconds = _timed(lambda aim=aim: made.replan(aim.target))  # type: ignore[misc]
+        rows.append(_row(f"optimize ({plain.plan.candidate})", subject, plain, aim.plain, plain, seconds))
+        if refine is not None:
+            done, seconds = _timed(lambda aim=aim: made.replan(aim.target, refine=refine))  # type: ignore[misc]
+            kept = done.plan.refinement
+            said = "" if kept is None else f" ({kept.best_step} of {refine.steps} steps kept)"
+            rows.append(_row(f"optimize, refine{said}", subject, done, aim.refined, done, seconds))
+        lines += ["", f"**{aim.target}**", "", *common.table(header, rows)]
+    return lines
 
 
-def plan_cells(made: LowRankModule) -> tuple[str, ...]:
-    """The cells of ``PLAN_COLUMNS``."""
-    plan, timing = made.plan, made.timing
+def _rows(subject: Subject, aim: Aim, session: Session) -> Iterator[tuple[str, ...]]:
+    """A row per lead that changes anything."""
+    before: object = None
+    for lead in LEADS:
+        (model, factored), seconds = _timed(lambda lead=lead: _planned(session, lead, aim.target))  # type: ignore[misc]
+        if factored == before:
+            continue
+        before = factored
+        yield _row(lead.name, subject, model, None, None, seconds)
+
+
+def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, object]:
+    """The model of a lead, and what tells it from another."""
+    effects = {key: curve for key, curve in session.effects.items() if lead.variants(*split_variant(key[1]))}
+    own = dataclasses.replace(session, effects=effects, _problem=None)
+    problem: Problem = own.problem
+    pick = lead.allocate(problem, target.quantity, own.budget(target))
+    factored = own.corrected(pick, lead.corrected)
+    model = ScoredModule(session.program.factorize(factored, clone=False))
+    return model, (problem.factored(pick), lead.corrected)
+
+
+def _row(
+    name: str, subject: Subject, model: nn.Module, asked: float | None, made: LowRankModule | None, seconds: float
+) -> tuple[str, ...]:
+    figure: Measured = subject.measure(model)
+    reached = asked is None or (figure.value >= asked if subject.rising else figure.value <= asked)
+    digits = ".4f" if subject.rising else ".2f"
     return (
-        percent(plan.totals.kept("params", "model")),
-        number(plan.error),
-        number(plan.predicted_error),
-        plan.candidate,
-        "-" if timing is None else speed(timing.speedup),
+        name,
+        f"{figure.value:{digits}}" + ("" if figure.error is None else f" ± {figure.error:{digits}}"),
+        "" if asked is None else f"{asked:g}",
+        "" if asked is None else common.met(reached),
+        *figure.extra,
+        "" if made is None else percent(made.plan.totals.kept("params", "model")),
+        "" if made is None else percent(made.plan.totals.kept("flops", "model")),
+        "" if made is None else number(made.plan.error),
+        f"{seconds:.0f}",
     )
 
 
-# ---- the sentence encoder --------------------------------------------------------------------------------------------
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    started = time.monotonic()
+    result = work()
+    return result, time.monotonic() - started
 
 
-def sentence_encoder(data: Path) -> list[str]:
-    """The section on all-MiniLM-L6-v2."""
-    model, tokenizer = load_encoder()
-    scores, first, second = pairs = common.sentence_pairs(data, "dev")
-    sentences = common.unique_sentences(pairs)
-    known = set(common.unique_sentences(common.sentence_pairs(data, "train")))
-    test = [place for place, sentence in enumerate(sentences) if sentence not in known][:TEST_SENTENCES]
-    batches = common.token_batches(tokenizer, sentences)
-    places = {sentence: place for place, sentence in enumerate(sentences)}
-    left, right = ([places[sentence] for sentence in side] for side in (first, second))
-
-    def agreement(vectors: Tensor) -> float:
-        return rank_correlation(scores, nn.functional.cosine_similarity(vectors[left], vectors[right]).numpy())
-
-    original = embeddings(model, batches)
-    before = agreement(original)
-    loader = common.calibration_batches(data, tokenizer)
-    targets = [Keep(params=share, of="sites") for share, _ in COSINES]
-    rows = []
-    for (_, asked), made in zip(COSINES, models(model, loader, targets), strict=True):
-        vectors = embeddings(made, batches)
-        cosine = float(nn.functional.cosine_similarity(vectors[test], original[test]).mean())
-        rows.append(
-            (
-                percent(made.plan.totals.kept("params", "sites")),
-                f"{cosine:.4f}",
-                f"{asked:.2f}",
-                common.met(cosine >= asked),
-                f"{agreement(vectors):.4f}",
-                *plan_cells(made),
-            )
-        )
-    header = ("layers' parameters kept", "cosine", "asked, at least", "met", "Spearman", *PLAN_COLUMNS)
-    return [
-        "## all-MiniLM-L6-v2, mean pooling",
-        "",
-        *common.paragraph(
-            f"Calibrated on {common.CALIBRATION_SENTENCES:,} unlabelled sentences of STS-B train. *Cosine*: mean over "
-            f"{len(test)} dev sentences that are not in train, to the original's embeddings. *Spearman*: of the cosine "
-            f"of a pair's embeddings with the human score, over all {len(scores):,} dev pairs; {before:.4f} for the "
-            "original."
-        ),
-        "",
-        *common.table(header, rows),
-    ]
-
-
-def embeddings(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Embeddings, float64 ``[sentences, width]``."""
-    with torch.no_grad():
-        return torch.cat([model(**batch) for batch in batches]).double()
-
-
-def rank_correlation(first: Any, second: Any) -> float:
-    """Spearman's correlation of two arrays: Pearson's of their ranks, where ties share their mean rank."""
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: Any) -> Any:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[places]
-
-
-# ---- the image classifier --------------------------------------------------------------------------------------------
-
-
-def image_classifier(data: Path) -> list[str]:
-    """The section on ResNet-20."""
-    networks, reader = (common.data_module(data, name) for name in ("models_cifar", "data_io"))
-    folder = data / "cifar10"
-    model = networks.load_cifar_resnet(folder / "resnet20.safetensors", 20)
-    training = networks.preprocess(reader.load_cifar10(folder / "cifar10_train2k.npz", TRAINING_IMAGES)[0])
-    images, labels, _ = reader.load_cifar10(folder / "cifar10_test4k.npz")
-    test, truth = networks.preprocess(images), torch.as_tensor(labels)
-
-    before = right_answers(model, test, truth)
-    loader = torch.split(training, IMAGE_BATCH)
-    rows = []
-    for (_, asked), made in zip(
-        POINTS, models(model, loader, [Keep(params=share) for share, _ in POINTS]), strict=True
-    ):
-        after = right_answers(made, test, truth)
-        broken, mended = int((before & ~after).sum()), int((after & ~before).sum())
-        lost, error = points_lost(broken, mended, len(truth))
-        rows.append(
-            (
-                percent(made.plan.totals.kept("params", "model")),
-                f"{lost:.2f} ± {error:.2f}",
-                f"{asked:.1f}",
-                common.met(lost <= asked),
-                str(broken),
-                str(mended),
-                *plan_cells(made)[1:],
-            )
-        )
-    header = ("parameters kept", "points lost", "asked, at most", "met", "broken", "mended", *PLAN_COLUMNS[1:])
-    return [
-        "## ResNet-20, CIFAR-10",
-        "",
-        *common.paragraph(
-            f"Calibrated on {TRAINING_IMAGES:,} unlabelled training images; measured on {len(truth):,} test images, of "
-            f"which the original gets {100 * float(before.double().mean()):.2f} % right. *Broken*: images that only "
-            "the original gets right; *mended*: those that only the factored model gets right. ± is the standard "
-            "error of the difference, from these two counts."
-        ),
-        "",
-        *common.table(header, rows),
-    ]
-
-
-def right_answers(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which images a model gets right: bool ``[images]``."""
-    with torch.no_grad():
-        return torch.cat([model(part).argmax(1) for part in torch.split(images, 250)]) == labels
-
-
-def points_lost(broken: int, mended: int, images: int) -> tuple[float, float]:
-    """Points of accuracy lost and their standard error, both models having seen the same images.
-
-    An image's difference is 1, -1 or 0, so its variance is (broken + mended) / images less the squared mean.
-
-    >>> points_lost(30, 10, 4000)[0]
-    0.5
-    """
-    mean = (broken - mended) / images
-    variance = (broken + mended) / images - mean**2
-    return 100 * mean, 100 * math.sqrt(variance / images)
+def _sections(page: Path) -> dict[str, list[str]]:
+    """The sections of the last page, by title."""
+    found: dict[str, list[str]] = {}
+    lines: Sequence[str] = page.read_text().splitlines() if page.exists() else ()
+    for line in lines:
+        if line.startswith("## "):
+            title = line.removeprefix("## ")
+            found[title] = []
+        elif found:
+            found[title].append(line)
+    return {title: text[1:-1] if text and not text[-1] else text[1:] for title, text in found.items()}
 
 
 if __name__ == "__main__":
