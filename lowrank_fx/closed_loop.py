@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowrank_fx._progress import Progress
 from lowrank_fx.anchored import Moments, PairSum, anchored_weight, choose_ridge
 from lowrank_fx.batches import Call
 from lowrank_fx.forms import Factors
@@ -60,7 +61,13 @@ Remake: TypeAlias = Callable[[Site, Tensor, Sketch], Factors]
 
 
 def closed_loop(
-    gm: GraphModule, table: SiteTable, factored: Factored, remake: Remake, calls: Sequence[Call], seed: int = 0
+    gm: GraphModule,
+    table: SiteTable,
+    factored: Factored,
+    remake: Remake,
+    calls: Sequence[Call],
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, tuple[Site, Factors]]:
     """Fit every factored site that is called once, in graph order.
 
@@ -71,6 +78,7 @@ def closed_loop(
         remake: factors a site in its planned form and rank.
         calls: inputs of calibration batches, as many as fit ``MEMORY``.
         seed: chooses the rows, where a batch has more than the layer's own cost allows.
+        progress: show a progress bar for work over two seconds.
 
     Returns:
         The same sites with fitted factors. A site that is called several times, that no row reaches, or whose rows are
@@ -82,12 +90,13 @@ def closed_loop(
     sites.sort(key=lambda site: walk.position[site.calls[0].node])
     if not sites or not calls:
         return fitted
-    with torch.no_grad():
+    with torch.no_grad(), Progress("closed loop", len(sites), progress) as bar:
         loop = _Loop(gm, table, walk, factored, affordable(walk, sites, calls), seed)
         for site in sites:
             found = loop.fit(site, remake)
             if found is not None:
                 fitted[site.name] = (site, found)
+            bar.advance(note=site.name)
     return fitted
 
 

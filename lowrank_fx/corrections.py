@@ -73,20 +73,32 @@ class Settled:
     tried: tuple[tuple[str, float], ...] = ()
 
 
-Correction: TypeAlias = Callable[[GraphProgram, SiteTable, Calibration, Chosen, Remake], Chosen]
-"""Corrects the factors of a plan; ``Remake`` makes factors of the planned form and rank for another weight."""
+Correction: TypeAlias = Callable[[GraphProgram, SiteTable, Calibration, Chosen, Remake, bool], Chosen]
+"""Corrects the factors of a plan; ``Remake`` makes factors of the planned form and rank for another weight, the last
+argument shows a progress bar."""
 
 
 def _refitted(
-    program: GraphProgram, table: SiteTable, calibration: Calibration, factored: Chosen, remake: Remake
+    program: GraphProgram,
+    table: SiteTable,
+    calibration: Calibration,
+    factored: Chosen,
+    remake: Remake,
+    progress: bool,
 ) -> Chosen:
     return refit(program.module, factored, calibration.effect_batches)
 
 
 def _closed_loop(
-    program: GraphProgram, table: SiteTable, calibration: Calibration, factored: Chosen, remake: Remake
+    program: GraphProgram,
+    table: SiteTable,
+    calibration: Calibration,
+    factored: Chosen,
+    remake: Remake,
+    progress: bool,
 ) -> Chosen:
-    return closed_loop(program.module, table, factored, remake, calibration.input_batches, calibration.seed)
+    calls, seed = calibration.input_batches, calibration.seed
+    return closed_loop(program.module, table, factored, remake, calls, seed, progress)
 
 
 CORRECTIONS: dict[str, Correction] = {"refitted": _refitted, "closed loop": _closed_loop}

@@ -17,7 +17,7 @@ from lowrank_fx.forms import DENSE, FORMS
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Target, target_from_json
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)

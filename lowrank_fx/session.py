@@ -58,7 +58,7 @@ class Session:
         planner: the planner's name.
         notes: what the user should know.
         params: number of parameters of the user's model.
-        progress: whether a search by a metric shows a progress bar.
+        progress: whether work over two seconds shows a progress bar.
     """
 
     model: nn.Module
@@ -263,7 +263,8 @@ class Session:
         if not how or not factored or not isinstance(self.program, GraphProgram):
             return factored
         with seeded(self.program.device):
-            return CORRECTIONS[how](self.program, self.table, self.calibration, factored, self._remake(pick))
+            remake = self._remake(pick)
+            return CORRECTIONS[how](self.program, self.table, self.calibration, factored, remake, self.progress)
 
     def _settle(self, pick: Pick, error: float) -> Settled:
         """The factors that a plan is made of: corrected in the way that gives the least error on the select half.
