@@ -123,7 +123,7 @@ def random_projection(outputs: Outputs, mask: Tensor | None, generator: torch.Ge
     total: Tensor | None = None
     for output in floating_outputs(outputs):
         real = without_padding(torch.view_as_real(output) if output.is_complex() else output, mask)
-        direction = torch.randn(real.shape, generator=generator, device="cpu").to(real.device)
+        direction = torch.randn(real.shape, generator=generator, dtype=torch.float64, device="cpu").to(real.device)
         share = (torch.where(real.isfinite(), real, 0).float() * direction).sum()
         total = share if total is None else total + share
     assert total is not None

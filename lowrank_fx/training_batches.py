@@ -116,7 +116,7 @@ def flip_and_shift(call: Call, generator: torch.Generator, pixels: int = 4) -> C
             return tensor
         images, _, height, width = tensor.shape
         if images not in moves:
-            mirrored = torch.rand(images, generator=generator) < 0.5
+            mirrored = torch.rand(images, generator=generator, dtype=torch.float64, device="cpu") < 0.5
             moves[images] = mirrored, torch.randint(0, 2 * pixels + 1, (2, images), generator=generator)
         mirrored, (down, right) = (value.to(tensor.device) for value in moves[images])
         turned = torch.where(mirrored[:, None, None, None], tensor.flip(-1), tensor)

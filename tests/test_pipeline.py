@@ -189,7 +189,7 @@ def test_skip_keeps_layers_dense(model: nn.Module) -> None:
     [
         ({"target": 0.5}, "target=0.5 is not a target"),
         ({"planner": "magic"}, "planner='magic' does not exist; there are 'budget', 'energy', 'uniform'"),
-        ({"forms": ["cp"]}, "no form is called 'cp'; there are ['lowrank', 'channel']"),
+        ({"forms": ["cp"]}, "no form is called 'cp'; there are ['lowrank', 'channel', 'channel_in', "),
         ({"skip": "pooler"}, "skip='pooler': give a list or tuple"),
         ({"skip": ["pooler*"]}, "skip='pooler*' matches no weight"),
         ({"sketch_memory": "lots"}, "sketch_memory='lots' is not a size"),
