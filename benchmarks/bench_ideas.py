@@ -1,29 +1,24 @@
 """Ideas that were measured before they got, or did not get, a place in the product.
 
 *A shared first factor*: sites that read one activation (q, k and v; gate and up) are factored as one stacked matrix,
-r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). *Re-gauge*: of a pair A B of rank r the
-r^2 numbers that a change of basis in between can make an identity are left out: B = B_P [I | C] (pivoted columns, the
-input is gathered) or A = [I; D] A_P (pivoted rows, the output is put together).
-
-The page goes to results/ideas.md. Everything here is eager but for the rows that say compiled.
+r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). *Re-gauge*: of a pair A B of rank r
+the r^2 numbers are left out that a change of basis between its factors turns into an identity, B = B_P [I | C] up
+to the order of its columns. The page goes to results/ideas.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import common
 import torch
 from subjects import SUBJECTS, Subject
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_fx import cost
 from lowrank_fx._render import number, percent
-from lowrank_fx.calibration import Calibration
-from lowrank_fx.compiling import compile_module
 from lowrank_fx.double_sided import OutputMetric
 from lowrank_fx.effects import joint_error
 from lowrank_fx.forms import Factors
@@ -31,158 +26,224 @@ from lowrank_fx.forms.output import group_spectrum
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.pipeline import calibrate, take
-from lowrank_fx.program import Program
-from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.program import Factored
+from lowrank_fx.sites import Site
 
 SHARES = (0.8, 0.67, 0.5)
 SHAPES = ((384, 384), (384, 1536), (768, 768), (768, 3072))
 ROWS = (1, 16, 128, 256, 2048)
-TURN_SECONDS = 0.6
 
-Chosen = dict[str, tuple[Site, Factors]]
+Block = Sequence[Site]
+"""Sites that share a tap and a first factor."""
+
+
+def main() -> None:
+    """Measure what there is data for, and write the page."""
+    parser = common.option_parser(__doc__)
+    options = parser.parse_args()
+    data = common.data_dir(parser, options.data_dir)
+    if data is None:
+        print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
+        return
+    lines = ["# Ideas and what they are worth", "", *common.machine(options.date), "", "## A shared first factor", ""]
+    lines += common.paragraph(SHARED)
+    gauge = ["", "## The re-gauge", "", *common.paragraph(GAUGE)]
+    with torch.no_grad():
+        for subject in (SUBJECTS[name](data) for name in ("minilm", "lm")):
+            bench = Bench(subject)
+            lines += ["", f"**{subject.title}**", "", *shared_table(bench)]
+            gauge += ["", f"**{subject.title}**", "", *worth_table(bench)]
+        common.publish(options.out, "ideas.md", [*lines, *gauge, "", "**Speed against the pair**", "", *speed_table()])
+
+
+SHARED = (
+    "Only the linear sites whose tap feeds several are factored, each way with the same numbers, in the metric of "
+    "their output gradients. *Error*: relative L2 error of the outputs on held-out batches. *By error*: the directions "
+    "that cost least per number; *divided* also chooses, per tap, by the same error, which sites share a factor."
+)
+
+GAUGE = (
+    "*Error*: every linear layer at the same share of its weights, held out, where the budget counts the r (m + n) "
+    "numbers of a pair and where it counts the r (m + n - r) of a re-gauged one, which buy a higher rank. *Speed* is "
+    "against the pair of the same rank, half of break-even; *leading*: the first r columns serve as they lie."
+)
 
 
 # ---- a shared first factor -------------------------------------------------------------------------------------------
 
 
-class Scaled(NamedTuple):
-    """How the output rows of a site count: weight times R, R the identity or the root of its gradients' moment."""
-
-    weight: float
-    metric: OutputMetric | None = None
-
-    def root(self, matrix: Tensor) -> Tensor:
-        """The weighed rows of a float64 matrix ``[m, n]``."""
-        return self.weight * (matrix if self.metric is None else self.metric.root(matrix))
-
-    def inverse(self, matrix: Tensor) -> Tensor:
-        """What :meth:`root` undoes."""
-        return (matrix if self.metric is None else self.metric.inverse_root(matrix)) / self.weight
-
-
-@dataclass
 class Bench:
-    """A calibrated model, and its sites that share a tap."""
+    """A calibrated model: its linear sites by tap, and for each the metric of its output gradients, not normalized."""
 
-    program: Program
-    table: SiteTable
-    calibration: Calibration
+    taps: dict[str, list[Site]]
+    metrics: dict[str, OutputMetric]
 
-    @classmethod
-    def of(cls, subject: Subject) -> Bench:
-        """Calibrate a subject."""
-        calibration = calibrate(subject.model, subject.loader, progress=False)
-        program = take(subject.model, calibration.example)
-        return cls(program, program.find_sites(), calibration)
-
-    def shared(self) -> list[list[Site]]:
-        """The linear sites of each tap that feeds several, each called once."""
-        groups: dict[str, list[Site]] = {}
-        for site in self.table.sites:
+    def __init__(self, subject: Subject) -> None:
+        self.calibration = calibrate(subject.model, subject.loader, progress=False)
+        self.program = take(subject.model, self.calibration.example)
+        table = self.program.find_sites()
+        gradients = output_gradients(self.program, table, self.calibration, progress=False)
+        self.metrics, self.taps = {}, {}
+        for site in table.sites:
             if site.kind == "linear" and len(site.calls) == 1:
-                groups.setdefault(site.calls[0].tap, []).append(site)
-        return [sites for sites in groups.values() if len(sites) > 1]
+                moment = gradients[site.name].parts[0]
+                own, weight = OutputMetric.of(moment), float(moment.gram(centered=False).trace()) ** 0.5
+                self.metrics[site.name] = OutputMetric(own.vectors, weight * own.roots, weight * own.floor)
+                self.taps.setdefault(site.calls[0].tap, []).append(site)
 
     def matrix(self, site: Site) -> Tensor:
         """The weight of a site, float64 ``[m, d]``."""
         return site.matrix(self.program.weight(site).detach()).double()
 
-    def error(self, factored: Chosen, most: int | None = None) -> float:
+    def error(self, factored: Factored) -> float:
         """Relative error of the outputs on held-out batches."""
-        return joint_error(self.program, factored, self.calibration.select_batches[:most])
+        return joint_error(self.program, factored, self.calibration.select_batches)
 
-    def spectrum(self, block: Sequence[Site], scales: dict[str, Scaled]) -> tuple[Tensor, Tensor, Tensor]:
-        """The stacked weighed weight of sites that share a tap, its output directions and their energies."""
-        stacked = torch.cat([scales[site.name].root(self.matrix(site)) for site in block])
+    def spectrum(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        """The stacked weighed weight of a block, its output directions and their energies."""
+        stacked = torch.cat([self.metrics[site.name].root(self.matrix(site)) for site in block])
         sketch = self.calibration.sketches[block[0].calls[0].tap]
         return stacked, *group_spectrum(stacked, sketch.parts[0], block[0].centered, min(stacked.shape))
 
-    def factors(self, block: Sequence[Site], scales: dict[str, Scaled], rank: int) -> Chosen:
-        """Factors of sites that share a tap, with one first factor."""
-        stacked, directions, _ = self.spectrum(block, scales)
-        first = directions[:, :rank].T @ stacked
+    def factors(self, block: Block, rank: int) -> dict[str, tuple[Site, Factors]]:
+        """Factors of a block, which has one first factor."""
+        stacked, directions, _ = self.spectrum(block)
+        directions = directions[:, :rank]
+        first, made = directions.T @ stacked, {}
         mean = self.calibration.sketches[block[0].calls[0].tap].mean
-        made: Chosen = {}
-        for site, own in zip(block, directions[:, :rank].split([site.out_features for site in block]), strict=True):
-            second = scales[site.name].inverse(own)
+        for site, own in zip(block, torch.split(directions, [site.out_features for site in block]), strict=True):
+            second, dtype = self.metrics[site.name].inverse_root(own), self.program.weight(site).dtype
             shift = self.matrix(site) @ mean - second @ (first @ mean) if site.centered else None
-            dtype = self.program.weight(site).dtype
             made[site.name] = (site, Factors(first.to(dtype), second.to(dtype).contiguous(), shift))
         return made
 
-    def site_error(self, factored: Chosen) -> float:
-        """Root mean square, over sites, of the relative error of a site's own output."""
-        squares = []
-        for site, factors in factored.values():
-            sketch, matrix = self.calibration.sketches[site.calls[0].tap], self.matrix(site)
-            lost = sketch.certificate(matrix - factors.dense_matrix(), centered=site.centered)[0]
-            squares.append(lost / sketch.certificate(matrix, centered=site.centered)[0])
-        return math.sqrt(sum(squares) / len(squares))
 
-    def scales(self, sites: Sequence[Site]) -> dict[str, dict[str, Scaled]]:
-        """The ways to weigh the sites against each other, by name."""
-        alike: dict[str, Scaled] = {}
-        effect: dict[str, Scaled] = {}
-        gradient: dict[str, Scaled] = {}
-        gradients = output_gradients(self.program, self.table, self.calibration, progress=False)
-        batches = self.calibration.effect_batches
-        for site in sites:
-            _, _, energies = self.spectrum([site], {site.name: Scaled(1.0)})
-            alike[site.name] = Scaled(float(energies.sum()) ** -0.5)
-            rank = round(SHARES[1] * break_even([site]))
-            moved = joint_error(self.program, self.factors([site], {site.name: Scaled(1.0)}, rank), batches)
-            effect[site.name] = Scaled(moved / float(energies[rank:].sum()) ** 0.5)
-            moment = gradients[site.name].parts[0]
-            trace = float(moment.gram(centered=False).trace())
-            gradient[site.name] = Scaled(trace**0.5, OutputMetric.of(moment))
-        return {"relative error": alike, "measured effect": effect, "gradients": gradient}
+def break_even(block: Block) -> float:
+    """The rank at which a block costs as much as its dense weights."""
+    return cost.break_even_rank(sum(site.out_features for site in block), block[0].in_features)
 
 
-def break_even(block: Sequence[Site]) -> float:
-    """The rank at which a pair with one first factor costs as much as the dense weights."""
-    width, height = block[0].in_features, sum(site.out_features for site in block)
-    return width * height / (width + height)
-
-
-def partitions(sites: Sequence[Site]) -> list[list[list[Site]]]:
+def divisions(sites: Block) -> list[list[list[Site]]]:
     """All ways to divide sites into blocks."""
     if not sites:
         return [[]]
     made = []
-    for rest in partitions(sites[1:]):
+    for rest in divisions(sites[1:]):
         made.append([[sites[0]], *rest])
-        made += [[*rest[:i], [sites[0], *rest[i]], *rest[i + 1 :]] for i in range(len(rest))]
+        made += [[*rest[:place], [sites[0], *rest[place]], *rest[place + 1 :]] for place in range(len(rest))]
     return made
 
 
-def allocated(bench: Bench, blocks: list[list[Site]], scales: dict[str, Scaled], share: float) -> tuple[float, list[int]]:
+def allocated(bench: Bench, blocks: Sequence[Block], share: float) -> tuple[float, list[int]]:
     """Weighed squared error and ranks of blocks that share a budget: the dearest directions per number first."""
-    budget = share * sum(site.in_features * site.out_features for site in sum(blocks, []))
+    budget = share * sum(site.in_features * site.out_features for block in blocks for site in block)
     prices = [block[0].in_features + sum(site.out_features for site in block) for block in blocks]
-    spectra = [bench.spectrum(block, scales)[2].tolist() for block in blocks]
-    found = [(energy / prices[i], i) for i, own in enumerate(spectra) for energy in own]
+    spectra = [bench.spectrum(block)[2].tolist() for block in blocks]
+    found = [(energy / price, i) for i, price in enumerate(prices) for energy in spectra[i]]
     ranks = [0] * len(blocks)
     for _, i in sorted(found, key=lambda each: -each[0]):
         if prices[i] <= budget and ranks[i] < len(spectra[i]):
-            ranks[i], budget = ranks[i] + 1, budget - prices[i]
+            # From break-even on a block is dense, and loses nothing.
+            ranks[i] = ranks[i] + 1 if ranks[i] + 1 < break_even(blocks[i]) else len(spectra[i])
+            budget -= prices[i]
     return sum(sum(own[rank:]) for own, rank in zip(spectra, ranks, strict=True)), ranks
 
 
-def ways(bench: Bench, sites: list[Site], scales: dict[str, Scaled], share: float) -> dict[str, Chosen]:
+def ways(bench: Bench, sites: Block, share: float) -> dict[str, Factored]:
     """The factors of the sites of one tap, by the name of the way."""
     single = [[site] for site in sites]
-    divided = {str(i): blocks for i, blocks in enumerate(partitions(sites))}
-    found = {name: allocated(bench, blocks, scales, share) for name, blocks in divided.items()}
-    best = min(found, key=lambda name: found[name][0])
-    chosen = {
+    divided = min(divisions(sites), key=lambda blocks: allocated(bench, blocks, share)[0])
+    chosen: dict[str, tuple[Sequence[Block], list[int]]] = {
         "apart, uniform": (single, [int(share * break_even(block)) for block in single]),
-        "apart, by error": (single, allocated(bench, single, scales, share)[1]),
+        "apart, by error": (single, allocated(bench, single, share)[1]),
         "one first factor": ([sites], [int(share * break_even(sites))]),
-        "divided by error": (divided[best], found[best][1]),
+        "divided, by error": (divided, allocated(bench, divided, share)[1]),
     }
-    made: dict[str, Chosen] = {}
-    for name, (blocks, ranks) in chosen.items():
-        made[name] = {}
-        for block, rank in zip(blocks, ranks, strict=True):
-            made[name].update(bench.factors(block, scales, max(rank, 1)))
-    return made
+    return {
+        name: {
+            site: made
+            for block, rank in zip(blocks, ranks, strict=True)
+            for site, made in bench.factors(block, max(rank, 1)).items()
+        }
+        for name, (blocks, ranks) in chosen.items()
+    }
+
+
+def shared_table(bench: Bench) -> list[str]:
+    """A row per way."""
+    rows: dict[str, list[str]] = {}
+    for share in SHARES:
+        made = [ways(bench, sites, share) for sites in bench.taps.values() if len(sites) > 1]
+        for name in made[0]:
+            error = bench.error({site: own for each in made for site, own in each[name].items()})
+            rows.setdefault(name, []).append(number(error))
+    header = ("way", *(f"error at {share:g}" for share in SHARES))
+    return common.table(header, [(name, *cells) for name, cells in rows.items()])
+
+
+# ---- the re-gauge ----------------------------------------------------------------------------------------------------
+
+
+def regauged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P and Q, by QR with column pivoting of ``first`` ``[r, n]``; C; and ``second`` times B_P."""
+    left, taken = first.clone(), torch.zeros(first.shape[1], dtype=torch.bool)
+    for _ in range(first.shape[0]):
+        place = int(left.square().sum(0).masked_fill(taken, -1.0).argmax())
+        direction = left[:, place] / left[:, place].norm()
+        left -= torch.outer(direction, direction @ left)
+        taken[place] = True
+    solved = torch.linalg.solve(first[:, taken], first[:, ~taken])
+    return taken.nonzero()[:, 0], (~taken).nonzero()[:, 0], solved, second @ first[:, taken]
+
+
+def worth_table(bench: Bench) -> list[str]:
+    """Every linear layer at the same share, by how the budget is counted."""
+    rows = []
+    for share in SHARES:
+        cells = []
+        for gauged in (False, True):
+            made: Factored = {}
+            for site in (site for sites in bench.taps.values() for site in sites):
+                both, product = site.in_features + site.out_features, site.in_features * site.out_features
+                rank = (both - math.sqrt(both**2 - 4 * share * product)) / 2 if gauged else share * product / both
+                made = {**made, **bench.factors([site], int(rank))}
+            cells.append(number(bench.error(made)))
+        rows.append((percent(share), *cells))
+    return common.table(("kept", "error, r (m + n)", "error, r (m + n - r)"), rows)
+
+
+def versions(first: Tensor, second: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The pair and its re-gauged versions."""
+    kept, rest, solved, into = regauged(first, second)
+    rank, columns = first.shape[0], solved.T.contiguous()
+    return {
+        "pair": lambda x: F.linear(F.linear(x, first), second),
+        "gathered": lambda x: F.linear(torch.addmm(x.index_select(1, kept), x.index_select(1, rest), columns), into),
+        "leading": lambda x: F.linear(torch.addmm(x[:, :rank], x[:, rank:], columns), into),
+    }
+
+
+def speed_table() -> list[str]:
+    """A row per layer and version."""
+    rows = []
+    for width, height in SHAPES:
+        rank = width * height // (width + height) // 2
+        shapes, generator = ((rank, width), (height, rank), (max(ROWS), width)), torch.Generator().manual_seed(0)
+        first, second, x = (torch.randn(shape, generator=generator) for shape in shapes)
+        for compiled in (False, True):
+            made = {name: torch.compile(run) if compiled else run for name, run in versions(first, second).items()}
+            pair = made.pop("pair")
+            for name, run in made.items():
+                cells = []
+                for count in ROWS:
+                    sides = [lambda side=side, part=x[:count]: side(part) for side in (pair, run)]
+                    timing = paired_speedup(*sides, device="cpu", max_seconds=1.0)
+                    cells.append(f"{timing.speedup:.2f}x")
+                layer, how = f"{width} -> {height}, rank {rank}", "compiled" if compiled else "eager"
+                rows.append((layer, percent(rank / (width + height)), how, name, *cells))
+    header = ("layer", "numbers saved", "kind", "version", *(f"{count} rows" for count in ROWS))
+    return common.table(header, rows, left=1)
+
+
+if __name__ == "__main__":
+    main()

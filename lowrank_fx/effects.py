@@ -9,11 +9,12 @@ batch decides: between two ranks more are measured only where the one in the mid
 A site has several *variants*: forms, and of the output forms also the basis that output gradients choose. A variant
 stays in the race, and is measured at length, only while
 
-- its site error at equal cost is at most ``WORST_ERROR`` times the least of those measured so far (else it is not
+- its site error at equal cost is at most ``WORST_ERROR`` times the least of those measured so far, and at most
+  ``WORST_TWIN`` times that of a variant of the same basis, which measures error in the same way (else it is not
   measured at all), and
 - at one of two ranks its effect is below ``WORST_EFFECT`` times the least at equal cost.
 
-What leaves the race is not on offer. The first variant, the plain output form, never leaves it.
+What leaves the race is not on offer. They run in the order of their own errors; the first one never leaves it.
 
 Nothing is rewritten for it: a program gives its outputs with one site exchanged. A graph is walked once per batch and
 forks at each site, so that only the part behind the site runs again; a module tree runs as a whole.
@@ -37,7 +38,7 @@ from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import ErrorSum
 from lowrank_fx.double_sided import GRADIENT, ObliqueCurve, double_sided, oblique_factors, split_variant, variant
 from lowrank_fx.errors import PlanError
-from lowrank_fx.forms import FORMS, ErrorCurve, Factors, forms_for
+from lowrank_fx.forms import FORMS, ErrorCurve, Factors, dense_params, forms_for
 from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.program import Factored, Outputs, Program
@@ -52,8 +53,9 @@ MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 STRAIGHT = 1.1
 """An effect within this ratio of the one expected from its neighbours is where a straight curve would be."""
 
-WORST_ERROR, WORST_EFFECT = 3.0, 1.1
-"""How far behind the best at equal cost a variant may be before it leaves the race."""
+WORST_ERROR, WORST_TWIN, WORST_EFFECT = 3.0, 1.3, 1.1
+"""How far behind the best at equal cost a variant may be before it leaves the race: in the site's own error, in that
+among variants of one basis, and in its effect."""
 
 EXPECTED_FORKS = 5
 """Measurements that a variant takes on average, for planning the work."""
@@ -70,8 +72,13 @@ class SiteCurves:
     sketch: Sketch
     forms: Mapping[str, ErrorCurve]
 
-    def factors(self, form: str, rank: int) -> Factors:
+    def factors(self, form: str, rank: int, *, final: bool = True) -> Factors:
         """The factors at one rank of one variant.
+
+        Args:
+            form: the variant.
+            rank: the rank.
+            final: as good as the form makes them; False for those whose error is what the curve says.
 
         Raises:
             PlanError: the form or the rank is not on offer.
@@ -83,7 +90,8 @@ class SiteCurves:
         if isinstance(curve, ObliqueCurve):
             assert isinstance(plain, OutputForm)
             return oblique_factors(plain, self.site, self.weight, curve, rank, self.sketch)
-        return plain.factor(self.site, self.weight, curve, rank, self.sketch)
+        found = plain.factor if final else plain.start
+        return found(self.site, self.weight, curve, rank, self.sketch)
 
     def error_at(self, form: str, params: int) -> float | None:
         """The site's error at the largest rank of a variant that has at most ``params`` weights; None if none has."""
@@ -194,7 +202,8 @@ def measure_effects(
                         batch: CachedBatch = batch,
                     ) -> None:
                         with seeded(program.device, None):
-                            outputs = trial(entry.factors(form, rank))
+                            # An effect belongs to an error, so it is measured with factors of just that error.
+                            outputs = trial(entry.factors(form, rank, final=False))
                         total.add_trial(outputs, batch.reference, batch.call.mask)
 
                     if site.name in races:
@@ -203,6 +212,8 @@ def measure_effects(
                     else:
                         races[site.name] = _Race(entry, measure)
                         races[site.name].run()
+                    for curve in entry.forms.values():
+                        curve.rest()
                     bar.advance(note=site.name)
     return {
         (name, form): race.curve(form) for name, race in races.items() for form in race.entry.forms if race.has(form)
@@ -224,7 +235,7 @@ class _Race:
 
     def run(self) -> None:
         """Measure every variant for as long as it is in the race."""
-        for form, curve in self.entry.forms.items():
+        for form, curve in sorted(self.entry.forms.items(), key=self._likeness):
             ladder = _measured_ranks(curve.ranks)
             middle = len(ladder) // 2
             heats = [ladder[middle], ladder[middle // 2]]
@@ -233,6 +244,11 @@ class _Race:
             else:
                 for rank in heats:
                     self.sums.pop((form, rank), None)
+
+    def _likeness(self, item: tuple[str, ErrorCurve]) -> float:
+        """Where a variant runs: those of least error at half the weights first, so that most others need not run."""
+        error = self.entry.error_at(item[0], dense_params(self.entry.site) // 2)
+        return math.inf if error is None else error
 
     def has(self, form: str) -> bool:
         """Whether a variant is still in the race."""
@@ -251,22 +267,25 @@ class _Race:
             self.measure(form, rank, self.sums[form, rank])
         return self.sums[form, rank].relative
 
-    def _rivals(self, form: str, rank: int) -> list[tuple[float, float]]:
-        """Site error and effect of the other measured variants for the cost of this one."""
+    def _rivals(self, form: str, rank: int) -> list[tuple[str, float, float]]:
+        """The other measured variants with site error and effect for the cost of this one."""
         params = FORMS[split_variant(form)[0]].params(self.entry.site, rank)
         others = dict.fromkeys(own for own, _ in self.sums if own != form)
         errors = [(other, self.entry.error_at(other, params)) for other in others]
-        return [(error, self.curve(other).at(error)) for other, error in errors if error is not None]
+        return [(other, error, self.curve(other).at(error)) for other, error in errors if error is not None]
 
     def _promises(self, form: str, ranks: Sequence[int]) -> bool:
-        error = self.entry.forms[form].error
-        return any(
-            error(rank) <= WORST_ERROR * min((rival for rival, _ in self._rivals(form, rank)), default=math.inf)
-            for rank in ranks
+        return any(self._is_near(form, rank) for rank in ranks)
+
+    def _is_near(self, form: str, rank: int) -> bool:
+        error, basis = self.entry.forms[form].error(rank), split_variant(form)[1]
+        return all(
+            error <= rival * (WORST_TWIN if split_variant(other)[1] == basis else WORST_ERROR)
+            for other, rival, _ in self._rivals(form, rank)
         )
 
     def _holds(self, form: str, rank: int) -> bool:
-        least = min((effect for _, effect in self._rivals(form, rank)), default=math.inf)
+        least = min((effect for _, _, effect in self._rivals(form, rank)), default=math.inf)
         return self._effect(form, rank) <= WORST_EFFECT * least
 
     def _explore(self, form: str, ladder: Sequence[int]) -> None:

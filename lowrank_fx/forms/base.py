@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class ErrorCurve:
         basis: what :meth:`Form.factor` starts from, by falling worth: for ``lowrank`` and ``channel`` the output
             directions ``[out_features, max(ranks)]``, for the others a first factor of each group's largest rank.
         made: factors that were expensive to find, by rank.
+        work: what :meth:`Form.start` keeps from one rank to the next; :meth:`rest` lets go of it.
     """
 
     ranks: tuple[int, ...]
@@ -44,6 +46,11 @@ class ErrorCurve:
     energy: float
     basis: Tensor = field(repr=False)
     made: dict[int, Factors] = field(default_factory=dict, repr=False, compare=False)
+    work: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def rest(self) -> None:
+        """Let go of what was kept for the next rank."""
+        self.work.clear()
 
     def error(self, rank: int) -> float:
         """Relative output error at ``rank``: the square root of tail over energy, 0 for a layer with no output."""
@@ -158,6 +165,18 @@ class Form(ABC):
             rank: one of ``curve.ranks``.
             sketch: the one that :meth:`curve` took.
         """
+
+    def start(self, site: Site, weight: Tensor, curve: ErrorCurve, rank: int, sketch: Sketch) -> Factors:
+        """Factors of ``rank`` whose error is what the curve says; :meth:`factor` may do better, and take longer.
+
+        Args:
+            site: the site.
+            weight: its weight as stored in the model.
+            curve: from :meth:`curve`.
+            rank: one of ``curve.ranks``.
+            sketch: the one that :meth:`curve` took.
+        """
+        return self.factor(site, weight, curve, rank, sketch)
 
     @abstractmethod
     def blank(self, site: Site, weight: Tensor, rank: int) -> Factors:

@@ -61,15 +61,40 @@ class AlternatingForm(Form):
         """
         found = curve.made.get(rank)
         if found is None:
-            found = self._found(site, weight, curve, rank, sketch)
+            problems = self._problems(site, weight, sketch)
+            found = self._found(site, weight, curve, rank, sketch, problems, improve=True)
             curve.made[rank] = found
             while len(curve.made) > 1 and _numbers(curve.made.values()) > KEPT_SIZE * weight.numel():
                 curve.made.pop(next(iter(curve.made)))
         return found
 
-    def _found(self, site: Site, weight: Tensor, curve: ErrorCurve, rank: int, sketch: Sketch) -> Factors:
-        blocks = zip(self._problems(site, weight, sketch), curve.basis.double().chunk(site.groups), strict=True)
-        parts = [self._solved(site, problem, first, rank, weight.dtype) for problem, first in blocks]
+    def start(self, site: Site, weight: Tensor, curve: ErrorCurve, rank: int, sketch: Sketch) -> Factors:
+        """The factors of ``rank`` before any alternation; the least squares problem is kept for the next rank.
+
+        Args:
+            site: the site.
+            weight: its weight as stored in the model.
+            curve: from :meth:`Form.curve`.
+            rank: one of ``curve.ranks``.
+            sketch: the one that made the curve.
+        """
+        if "problems" not in curve.work:
+            curve.work["problems"] = self._problems(site, weight, sketch)
+        return self._found(site, weight, curve, rank, sketch, curve.work["problems"], improve=False)
+
+    def _found(
+        self,
+        site: Site,
+        weight: Tensor,
+        curve: ErrorCurve,
+        rank: int,
+        sketch: Sketch,
+        problems: Sequence[Composition],
+        *,
+        improve: bool,
+    ) -> Factors:
+        blocks = zip(problems, curve.basis.double().chunk(site.groups), strict=True)
+        parts = [self._solved(site, problem, first, rank, weight.dtype, improve=improve) for problem, first in blocks]
         factors = self._assembled(site, [torch.cat(each).contiguous() for each in zip(*parts, strict=True)], None)
         if not site.centered:
             return factors
@@ -78,9 +103,9 @@ class AlternatingForm(Form):
 
     @abstractmethod
     def _solved(
-        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype
+        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype, *, improve: bool
     ) -> tuple[Tensor, ...]:
-        """One group's factors, in the order of their application, in their own shapes."""
+        """One group's factors, in the order of their application, in their own shapes; with alternation or without."""
 
     def blank(self, site: Site, weight: Tensor, rank: int) -> Factors:
         """Factors of ``rank`` that hold zeros, in the dtype and on the device of ``weight``."""
@@ -185,10 +210,10 @@ class SplitForm(AlternatingForm):
         )
 
     def _solved(
-        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype
+        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype, *, improve: bool
     ) -> tuple[Tensor, ...]:
         # The second factor is the best one for the first as it is stored.
-        first = problem.improved(first[:rank], SWEEPS, STEPS).to(dtype)
+        first = problem.improved(first[:rank], SWEEPS if improve else 0, STEPS).to(dtype)
         second = problem.second(first.double()).to(dtype)
         shapes = self._shapes(site, rank)
         return first.reshape(rank, *shapes[0][1:]), second.reshape(-1, *shapes[1][1:])

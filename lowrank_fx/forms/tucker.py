@@ -80,10 +80,10 @@ class Tucker2(AlternatingForm):
         return ErrorCurve(ranks, tuple(tail), energy, kept_starts(starts, weight))
 
     def _solved(
-        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype
+        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype, *, improve: bool
     ) -> tuple[Tensor, ...]:
         first = first[: self.inner(site, rank)]
-        for _ in range(TUCKER_SWEEPS):
+        for _ in range(TUCKER_SWEEPS if improve else 0):
             core, outer = _projected(problem, first, rank)
             first = problem.projected(outer).first(core, first, TUCKER_STEPS)
             first = problem.orthonormal(first)
