@@ -39,13 +39,14 @@ from lowrank_fx.batches import Assigned, Call, assign_calls, bind_batch, bound_c
 from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
+from lowrank_fx.corrections import CORRECTIONS, Made
 from lowrank_fx.demo import load_encoder
-from lowrank_fx.effects import error_curves, joint_error, measure_effects
+from lowrank_fx.effects import error_curves, joint_error, measure_effects, measure_joint
+from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import by_effect
-from lowrank_fx.refit import refit
 from lowrank_fx.session import Session
 from lowrank_fx.sites import SiteTable
 
@@ -144,7 +145,9 @@ def stages(model: nn.Module, batches: Sequence[Batch], after: Callable[[str], No
     calibration = prepared.calibrate(batches)
     after("calibrate")
     program, table = prepared.program, prepared.table
-    curves = error_curves(program, table, calibration, None, progress=False)
+    gradients = output_gradients(program, table, calibration, progress=False)
+    after("output gradients")
+    curves = error_curves(program, table, calibration, None, progress=False, gradients=gradients)
     after("error curves")
     effects = measure_effects(program, curves, calibration, progress=False)
     after("effects")
@@ -211,15 +214,17 @@ def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[
         "",
         *common.paragraph(
             "Seconds of `Session.plan`; the first plan also lists the options of every site. *Comparison*: candidates, "
-            "refitted factors and the final plan on held-out batches. *Refit*: two numbers per output channel by least "
-            "squares. *The rest*: factors, certified bounds."
+            "corrected factors and the final plan on held-out batches. *Effects again*: around the plan. *Refit*: "
+            "two numbers per output channel by least squares. *Closed loop*: every layer fitted to what the factored "
+            "layers before it give. *The rest*: factors, certified bounds."
         ),
         "",
-        *common.table(("target", *PLAN_PARTS, "the rest", "in all", "in all but comparison"), plans),
+        *common.table(("target", *PLAN_PARTS, "the rest", "in all", "in all but comparison and corrections"), plans),
     ]
 
 
-PLAN_PARTS = ("allocation", "comparison", "refit", "trade-off curve")
+PLAN_PARTS = ("allocation", "comparison", "effects again", "refit", "closed loop", "trade-off curve")
+MEASURED = ("comparison", "effects again", "refit", "closed loop")
 
 
 class Stopwatch:
@@ -251,16 +256,20 @@ def plan_seconds(session: Session, share: float) -> tuple[str, ...]:
     timed = {
         "planner": lambda _: allocators,
         "joint_error": watch.time("comparison", joint_error),
-        "refit": watch.time("refit", refit),
+        "measure_joint": watch.time("effects again", measure_joint),
         "by_effect": watch.time("trade-off curve", by_effect),
     }
+    names = {"refitted": "refit", "closed loop": "closed loop"}
     with ExitStack() as stack:
         for name, function in timed.items():
             stack.enter_context(patch.object(planning, name, function))
+        stack.enter_context(patch.object(Made, "error", watch.time("comparison", Made.error)))
+        ways = {how: watch.time(names[how], correct) for how, correct in CORRECTIONS.items()}
+        stack.enter_context(patch.dict(CORRECTIONS, ways))
         watch.time("in all", session.plan)(target)
     parts = [watch.seconds[name] for name in PLAN_PARTS]
     whole = watch.seconds["in all"]
-    figures = (*parts, whole - sum(parts), whole, whole - watch.seconds["comparison"])
+    figures = (*parts, whole - sum(parts), whole, whole - sum(watch.seconds[name] for name in MEASURED))
     return (str(target), *(f"{seconds:.2f}" for seconds in figures))
 
 
