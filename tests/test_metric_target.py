@@ -118,7 +118,8 @@ def test_the_metric_of_what_comes_back_holds(fast: LowRankModule, model: nn.Modu
 
 
 def test_more_may_be_saved_where_more_may_be_lost(fast: LowRankModule) -> None:
-    less, more = (fast.replan(Metric(accuracy, drop, evaluations=6)).plan.totals for drop in (0.005, 0.2))
+    # Behind a seventh of the FLOPs this model falls off a cliff: its accuracy goes from .92 to .67 at once.
+    less, more = (fast.replan(Metric(accuracy, drop)).plan.totals for drop in (0.005, 0.5))
     assert less.kept("flops", "model") > more.kept("flops", "model")
 
 
