@@ -93,6 +93,11 @@ class SiteCurves:
         found = plain.factor if final else plain.start
         return found(self.site, self.weight, curve, rank, self.sketch)
 
+    def rest(self) -> None:
+        """Let go of what was kept between ranks."""
+        for curve in self.forms.values():
+            curve.rest()
+
     def error_at(self, form: str, params: int) -> float | None:
         """The site's error at the largest rank of a variant that has at most ``params`` weights; None if none has."""
         plain, curve = FORMS[split_variant(form)[0]], self.forms[form]
@@ -212,8 +217,7 @@ def measure_effects(
                     else:
                         races[site.name] = _Race(entry, measure)
                         races[site.name].run()
-                    for curve in entry.forms.values():
-                        curve.rest()
+                    entry.rest()
                     bar.advance(note=site.name)
     return {
         (name, form): race.curve(form) for name, race in races.items() for form in race.entry.forms if race.has(form)
@@ -327,7 +331,10 @@ def measure_joint(
     Returns:
         The relative error of the model's outputs, and by site name that of each trial.
     """
-    base = {name: (curves[name].site, curves[name].factors(*taken)) for name, taken in chosen.items()}
+    base = {}
+    for name, own in chosen.items():
+        base[name] = curves[name].site, curves[name].factors(*own, final=False)
+        curves[name].rest()
     sums = {name: [ErrorSum() for _ in tried] for name, tried in instead.items()}
     sites = [curves[name].site for name in instead]
     with torch.no_grad():
@@ -335,10 +342,11 @@ def measure_joint(
             with seeded(program.device):
                 for site, trial in program.trials(batch.call, sites, base):
                     for taken, total in zip(instead[site.name], sums[site.name], strict=True):
-                        factors = None if taken is None else curves[site.name].factors(*taken)
+                        factors = None if taken is None else curves[site.name].factors(*taken, final=False)
                         with seeded(program.device, None):
                             outputs = trial(factors)
                         total.add_trial(outputs, batch.reference, batch.call.mask)
+                    curves[site.name].rest()
     return joint_error(program, base, batches), {
         name: tuple(total.relative for total in totals) for name, totals in sums.items()
     }

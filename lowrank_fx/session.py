@@ -24,6 +24,7 @@ from lowrank_fx.double_sided import ObliqueCurve, split_variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, EffectCurve, SiteCurves, affordable, joint_error, measure_joint
 from lowrank_fx.errors import TargetError
 from lowrank_fx.forms import DENSE, FORMS, Factors, apply_blocks, dense_flops, dense_params, relative
+from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
@@ -96,7 +97,7 @@ class Session:
 
         def evaluate(pick: Pick) -> float:
             if pick not in errors:
-                errors[pick] = joint_error(self.program, self.factors(pick), batches)
+                errors[pick] = joint_error(self.program, self.factors(pick, final=False), batches)
             return errors[pick]
 
         allocators = planner(self.planner)
@@ -271,10 +272,13 @@ class Session:
 
         Args:
             pick: one option per site.
-            error: its error on the select half, without a correction.
+            error: its error on the select half as candidates are compared.
         """
-        best = Settled(Made(self.factors(pick)), error)
-        if not best.made.factored or not isinstance(self.program, GraphProgram):
+        made = Made(self.factors(pick))
+        if not made.factored:
+            return Settled(made, error)
+        best = Settled(made, made.error(self.program, self.calibration.select_batches))
+        if not isinstance(self.program, GraphProgram):
             return best  # a module tree runs as a whole, so nothing can be fitted between its layers
         tried: list[tuple[str, float]] = []
         for how in CORRECTIONS:
@@ -296,7 +300,9 @@ class Session:
         def remake(site: Site, weight: Tensor, sketch: Sketch) -> Factors:
             form, rank = planned[site.name]
             curve = self.curves[site.name].forms[form]
-            if not isinstance(curve, ObliqueCurve):
+            if isinstance(FORMS.get(form), AlternatingForm):  # the alternation finds its way from the planned start
+                curve = replace(curve, made={}, work={})
+            elif not isinstance(curve, ObliqueCurve):
                 curve = FORMS[form].curve(site, weight, sketch)
             return SiteCurves(site, weight, sketch, {form: curve}).factors(form, rank)
 
@@ -356,12 +362,20 @@ class Session:
         )
         return plan, made
 
-    def factors(self, pick: Pick) -> Chosen:
-        """The factors of every site that a pick factors."""
-        return {
-            name: (self.curves[name].site, self.curves[name].factors(form, rank))
-            for name, (form, rank) in self.problem.factored(pick).items()
-        }
+    def factors(self, pick: Pick, *, final: bool = True) -> Chosen:
+        """The factors of every site that a pick factors.
+
+        Args:
+            pick: one option per site.
+            final: as good as their forms make them; False for those whose errors are what the curves say, which is
+                what candidates are compared with.
+        """
+        made: Chosen = {}
+        for name, (form, rank) in self.problem.factored(pick).items():
+            curves = self.curves[name]
+            made[name] = curves.site, curves.factors(form, rank, final=final)
+            curves.rest()
+        return made
 
     def site_error(self, site: Site, factors: Factors) -> tuple[float, float]:
         """Relative error of the site's own output on the sketched rows, for the factors as stored, and its bound.

@@ -32,18 +32,19 @@ class Composition:
     Args:
         weight: W ``[m, q, c]``, float64.
         gram: G ``[q c, q c]`` in any shape, float64, symmetric positive semidefinite, contiguous.
-
-    Attributes:
-        energy: ``|W G^(1/2)|^2``.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor) -> None:
         self.weight = weight
         _, self.places, self.width = weight.shape
         self.gram = gram.view(self.places, self.width, self.places, self.width)
-        self.cross = (weight.flatten(1) @ gram.view(self.places * self.width, -1)).view_as(weight)
-        self.energy = float((self.cross * weight).sum())
         self.mean_gram = self.gram.diagonal(dim1=0, dim2=2).mean(-1)
+
+    @property
+    def energy(self) -> float:
+        """``|W G^(1/2)|^2``."""
+        flat = self.weight.flatten(1)
+        return float(((flat @ self.gram.view(flat.shape[1], -1)) * flat).sum())
 
     def start(self, rank: int) -> Tensor:
         """First maps for every rank up to ``rank``: ``[rank, c]``, the best of rank k being nearly the first k rows.
@@ -134,7 +135,10 @@ class Composition:
         def condition(residual: Tensor) -> Tensor:
             return torch.cholesky_solve(torch.cholesky_solve(residual, left).T, right).T
 
-        residual = torch.einsum("qmr,mqc->rc", by_place, self.cross) - apply(first)
+        # V_q^T W comes first: it has as many rows as the rank, not as the outputs.
+        pulled = by_place.mT @ self.weight.flatten(1)
+        goal = (pulled @ self.gram.view(-1, self.places, self.width).transpose(0, 1)).sum(0)
+        residual = goal - apply(first)
         step = condition(residual)
         slope = float((residual * step).sum())
         scale = slope
@@ -159,15 +163,15 @@ class Composition:
             first = self.orthonormal(self.first(self.second(first), first, steps))
         return first
 
-    def _goal(self, first: Tensor) -> Tensor:
-        return (self.cross @ first.T).mT.contiguous()
-
     def _normal(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of the features' Gram ``[r q, r q]``, and their products with the outputs [m, r, q]."""
         spread = torch.matmul(first, self.gram.reshape(self.places, self.width, -1))
         inner = spread.view(self.places, -1, self.places, self.width) @ first.T
         side = first.shape[0] * self.places
-        return _cholesky(inner.permute(1, 0, 3, 2).reshape(side, side)), self._goal(first)
+        # W G H^T through G H^T, which is there already.
+        goal = self.weight.flatten(1) @ spread.reshape(-1, self.places * self.width).T
+        goal = goal.view(-1, self.places, first.shape[0]).mT.contiguous()
+        return _cholesky(inner.permute(1, 0, 3, 2).reshape(side, side)), goal
 
 
 def _cholesky(gram: Tensor, floors: Sequence[float] = _FLOORS) -> Tensor:
