@@ -320,7 +320,7 @@ ZOO: dict[str, Entry] = {
 }
 
 SAMPLE = (
-    *("resnet18", "convnext_femto", "albert", "gpt2", "qwen2_tied"),
+    *("mobilenetv3", "distilbert", "albert", "gpt2", "qwen2_tied"),
     *("t5", "unet", "transformer", "video_3d", "router"),
 )
 """Ten for every run of the slow tests: batch norms, depthwise, grouped and 3-D convolutions, a layer called several
