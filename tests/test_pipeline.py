@@ -77,8 +77,8 @@ def test_a_budget_is_met_and_never_exceeded(
     totals = made.plan.totals
     kept = totals.kept(quantity, scope)
     assert kept <= share
-    # This model has five weights, and a rank of the largest is a step of 6.5 %; half a percent needs more sites (see the
-    # real-model tests).
+    # This model has five weights, and eight ranks of the largest are 6.5 %; half a percent needs more sites (see the
+    # tests of real models).
     assert kept >= share - 0.065
     assert totals.model_params == (parameters(model), parameters(made))
     call = fast.session.calibration.effect_batches[0].call  # type: ignore[union-attr]
