@@ -240,7 +240,8 @@ def _read(data: Any, kind: Any, where: str) -> Any:
 def _check_site(site: SitePlan) -> None:
     if site.form != DENSE and site.form not in FORMS:
         raise PlanError(f"site {site.name!r}: no form is called {site.form!r}; there are {[DENSE, *FORMS]}")
-    limit = min(site.out_features, site.in_features)
+    # Between two convolutions that share the kernel's positions there may be more channels than outputs.
+    limit = min(site.out_features, site.in_features) if site.form in ("lowrank", "channel") else site.in_features
     if site.factored and not (site.rank is not None and 1 <= site.rank <= limit):
         raise PlanError(f"site {site.name!r}: rank {site.rank!r} is not between 1 and {limit}")
     if not site.factored and site.rank is not None:

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lowrank_fx.errors import PlanError
+from lowrank_fx.forms import FORMS
 from lowrank_fx.plan import PLAN_VERSION, MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Keep, Metric, Target, Tolerance
+from lowrank_fx.tree_sites import find_sites
 
 
 def accuracy(model: object) -> float:
@@ -110,6 +113,16 @@ def test_a_number_that_is_not_finite_is_no_json(value: float) -> None:
         replace(PLAN, error=value).to_json()
     with pytest.raises(PlanError, match="error"):
         Plan.from_json(TEXT.replace('"error": 0.12', f'"error": {json.dumps(value)}'))
+
+
+@pytest.mark.parametrize("form", ["channel", "channel_in", "spatial", "spatial_t", "tucker2"])
+def test_every_rank_on_offer_can_be_read_back(form: str) -> None:
+    """Between the two convolutions of a split kernel there may be more channels than the layer has outputs."""
+    (site,) = find_sites(nn.ModuleDict({"layer": nn.Conv2d(64, 16, 3)})).sites
+    most = FORMS[form].ranks(site)[-1]
+    assert (most > site.out_features) == (form in ("channel_in", "spatial", "spatial_t"))
+    plan = replace(PLAN, sites=(replace(PLAN.sites[0], form=form, rank=most, out_features=16, in_features=576),))
+    assert Plan.from_json(plan.to_json()).sites[0].rank == most
 
 
 @pytest.mark.parametrize(
