@@ -1,11 +1,11 @@
 """Architectures that people use, with random weights: optimize, fold, save, load, at rounding level. Slow.
 
-ResNet-18 and GPT-2 are in the sample of the zoo, which checks more.
+GPT-2 is in the sample of the zoo, which checks more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from zoo_checks import little_measured
 
 import lowrank_fx
 from lowrank_fx import Keep
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.slow
 
 # float32: every layer adds a few units in the last place; measured 4e-7 at most over these models.
 ROUNDING = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Parity is asked for here, not the best plan."""
+    with little_measured():
+        yield
 
 
 def pictures(size: int) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import lowrank_fx
-from lowrank_fx import Keep, effects, gradients, session
+from lowrank_fx import Keep, closed_loop, effects, gradients, session
 from lowrank_fx.compare import relative_error
 from lowrank_fx.errors import CallError, TargetError
 
@@ -127,12 +127,13 @@ class Findings:
 
 @contextlib.contextmanager
 def little_measured() -> Iterator[None]:
-    """Effects and gradients on few rows: how accurate a plan is, is not what is asked here."""
+    """Effects, gradients and the closed loop on few rows: for tests that do not ask for the best plan."""
     with contextlib.ExitStack() as stack:
         for place, name in ((effects, "EFFECT_FLOPS"), (session, "MARGINAL_FLOPS"), (gradients, "GRADIENT_FLOPS")):
             stack.enter_context(patch.object(place, name, getattr(place, name) / 20))
         for place in (effects, session):
             stack.enter_context(patch.object(place, "MIN_EFFECT_ROWS", 2))
+        stack.enter_context(patch.object(closed_loop, "ROWS", 1))
         yield
 
 
