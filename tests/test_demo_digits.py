@@ -101,7 +101,7 @@ def test_the_demo_and_the_comparison_through_python_m(tmp_path: Path) -> None:
     assert accuracy["the original"] >= 97
     assert accuracy["Tolerance(0.1)"] >= accuracy["the original"] - 1
     assert accuracy["Keep(flops=0.25)"] >= accuracy["the original"] - 1.5
-    assert accuracy["Keep(params=0.05)"] < accuracy["the original"]
+    assert accuracy["Keep(params=0.05)"] <= accuracy["the original"]
     out = tmp_path / "demo_out" / "digits"
     page = (out / "report.html").read_text("utf-8")
     assert "A digit classifier, made smaller" in page
