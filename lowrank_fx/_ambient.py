@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -61,3 +62,14 @@ def settled(device: torch.device) -> Iterator[tuple[str, ...]]:
             for note in notes:
                 error.add_note(note)
             raise
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Gradient mode, for a model whose author thought of inference.
+
+    Its code may read numbers out of tensors, ``int(x.sum())``, of which torch warns where gradients are recorded.
+    """
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar", UserWarning)
+        yield

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_fx._ambient import seeded
+from lowrank_fx._ambient import recording, seeded
 from lowrank_fx._progress import Progress
 from lowrank_fx.batches import Call
 from lowrank_fx.calibration import Calibration
@@ -139,7 +139,7 @@ def _gradients_of(
 ) -> list[dict[str, Tensor]]:
     """For each probe the gradient at each call of a site, by the call's node."""
     made: list[dict[str, Tensor]] = []
-    with _differentiable(program.module), torch.enable_grad(), seeded(program.device):
+    with _differentiable(program.module), recording(), seeded(program.device):
         outputs, values = run(call)
         reached = {
             node: value

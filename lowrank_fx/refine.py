@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from lowrank_fx._ambient import seeded
+from lowrank_fx._ambient import recording, seeded
 from lowrank_fx._bundle import read_bundle, write_bundle
 from lowrank_fx._files import sha256_tensor
 from lowrank_fx._progress import Progress
@@ -236,7 +236,7 @@ class _Run:
         # A model that draws random numbers draws the same on both sides, and others in the next step.
         with torch.no_grad(), seeded(device, self.step):
             wanted, inner = self.teacher(call)
-        with torch.enable_grad(), seeded(device, self.step):
+        with recording(), seeded(device, self.step):
             given, inside = self.student(call)
             loss = outputs_loss(given, wanted, call.mask)
             if self.options.blocks:

@@ -97,11 +97,11 @@ def test_the_demo_and_the_comparison_through_python_m(tmp_path: Path) -> None:
         for place in [4 if name == "the original" else 5]
         if name == "the original" or "(" in name
     }
-    # Measured: 99.0 % before, and 99.0, 99.0, 98.2 and 79.0 % of 400 images after.
+    # Measured: 99.0 % before, and 99.0, 99.0, 99.0 and 99.2 % of 400 images after, so one image more is right.
     assert accuracy["the original"] >= 97
     assert accuracy["Tolerance(0.1)"] >= accuracy["the original"] - 1
     assert accuracy["Keep(flops=0.25)"] >= accuracy["the original"] - 1.5
-    assert accuracy["Keep(params=0.05)"] <= accuracy["the original"]
+    assert accuracy["Keep(params=0.05)"] >= accuracy["the original"] - 2
     out = tmp_path / "demo_out" / "digits"
     page = (out / "report.html").read_text("utf-8")
     assert "A digit classifier, made smaller" in page

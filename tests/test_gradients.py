@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank_fx
 from lowrank_fx import gradients as room
 from lowrank_fx.batches import Assigned, Call, Role
 from lowrank_fx.calibration import Calibration, blank
@@ -146,6 +147,24 @@ def test_padding_takes_no_part_and_work_is_bounded(monkeypatch: pytest.MonkeyPat
     assert [call.batch_size for call in room._affordable(calibration)[0]] == [8]
     monkeypatch.setattr(room, "GRADIENT_FLOPS", calibration.flops * 0.5)
     assert [call.batch_size for call in room._affordable(calibration)[0]] == [2]
+
+
+def test_code_that_reads_numbers_out_of_tensors_is_not_warned() -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, value: Tensor) -> Tensor:
+            value = self.inner(value)
+            return value if float(value.mean()) > -1e3 else -value
+
+    torch.manual_seed(0)
+    fast = lowrank_fx.optimize(
+        Asking(), [torch.randn(8, 16) for _ in range(4)], target=lowrank_fx.Keep(params=0.7), compile=False
+    )
+    assert fast.artifact.program.way == "modules"
+    assert len(fast.plan.factored) == 1
 
 
 def test_a_model_that_cannot_be_differentiated_has_none() -> None:

@@ -253,8 +253,7 @@ def dense_reference(model: nn.Module, fast: Any) -> tuple[nn.Module | None, str]
     norms = _folded_norms(fast.plan.cleanup)
     try:
         for site in sites.values():
-            first, second = (_tensor(fast, site.attribute(leaf)) for leaf in ("factor_in", "factor_out"))
-            weight = _product(site, first, second)
+            weight = _product(site, _factors(fast, site))
             if site.tied:  # an embedding keeps the weight that the reference had in both places
                 _untie(reference, site.weight)
             _put(reference, fast, site.weight, weight)
@@ -273,19 +272,26 @@ def dense_reference(model: nn.Module, fast: Any) -> tuple[nn.Module | None, str]
     return reference, "float64"
 
 
-def _product(site: Any, first: Tensor, second: Tensor) -> Tensor:
-    """The weight that a pair stands for, in its own shape."""
+def _factors(fast: nn.Module, site: Any) -> list[Tensor]:
+    """The two or three factors of a site, the one that meets the input first."""
+    held = dict(fast.named_parameters())
+    names = [site.attribute(leaf) for leaf in ("factor_in", "factor_mid", "factor_out")]
+    return [_tensor(fast, name) for name in names if name in held]
+
+
+def _product(site: Any, factors: list[Tensor]) -> Tensor:
+    """The weight that factors stand for, in its own shape."""
+    first, *others = factors
     if site.kind == "bmm":
-        return first @ second
+        return first @ others[0]
     if site.transposed:
-        return (second @ first).t()
-    if first.dim() == 2:
-        return second @ first
-    # A grouped convolution has a pair per group.
-    groups = first.shape[0] // second.shape[1]
-    inner = first.reshape(groups, -1, first[0].numel())
-    outer = second.reshape(groups, -1, second.shape[1])
-    return (outer @ inner).reshape(site.shape)
+        return (others[0] @ first).t()
+    for second in others:
+        # Of two layers in a row, each position of the kernel belongs to one position of each; a group has its own pair.
+        groups = first.shape[0] // second.shape[1]
+        inner, outer = first.unflatten(0, (groups, -1)), second.unflatten(0, (groups, -1))
+        first = torch.einsum("gor...,grc...->goc...", outer, inner).flatten(0, 1)
+    return first.reshape(site.shape)
 
 
 def _tensor(fast: nn.Module, name: str) -> Tensor:
