@@ -289,7 +289,7 @@ def _product(site: Any, factors: list[Tensor]) -> Tensor:
     for second in others:
         # Of two layers in a row, each position of the kernel belongs to one position of each; a group has its own pair.
         groups = first.shape[0] // second.shape[1]
-        inner, outer = first.unflatten(0, (groups, -1)), second.unflatten(0, (groups, -1))
+        inner, outer = (each.reshape(groups, -1, *each.shape[1:]) for each in (first, second))
         first = torch.einsum("gor...,grc...->goc...", outer, inner).flatten(0, 1)
     return first.reshape(site.shape)
 
