@@ -16,7 +16,7 @@ demo: $(VENV)/.stamp-demo  ## factor a real sentence encoder, print the report a
 	$(VENV)/bin/lowrank-fx demo
 
 test: $(VENV)/.stamp-test  ## run the tests, without those marked slow
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto
 
 bench: $(VENV)/.stamp-demo  ## measure accuracy and the cost of calibration, into benchmarks/results
 	$(VENV)/bin/python benchmarks/bench_accuracy.py

@@ -65,7 +65,6 @@ class Subject:
         rising: whether a higher figure is better.
         extra: headers of :attr:`Measured.extra`.
         aims: the targets.
-        augment: changes a calibration batch at random for refinement, or None.
     """
 
     title: str
@@ -77,7 +76,6 @@ class Subject:
     rising: bool
     aims: tuple[Aim, ...]
     extra: tuple[str, ...] = ()
-    augment: Callable[[Any, torch.Generator], Any] | None = None
 
 
 # ---- the sentence encoder --------------------------------------------------------------------------------------------
@@ -208,7 +206,6 @@ def _classifier(
         rising=False,
         aims=aims,
         extra=("broken", "mended"),
-        augment=flipped_and_shifted,
     )
 
 
@@ -229,17 +226,6 @@ def points_lost(broken: int, mended: int, images: int) -> tuple[float, float]:
     mean = (broken - mended) / images
     variance = (broken + mended) / images - mean**2
     return 100 * mean, 100 * math.sqrt(variance / images)
-
-
-def flipped_and_shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored or not, and shifted by up to 4 pixels, as CIFAR's training does."""
-    count, side = images.shape[0], images.shape[-1]
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    padded = F.pad(images, (4, 4, 4, 4))
-    rows, columns = (torch.randint(0, 9, (count, 1), generator=generator) + torch.arange(side) for _ in range(2))
-    picture = torch.arange(count).view(-1, 1, 1)
-    return padded.movedim(1, -1)[picture, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
 
 # ---- the language model ----------------------------------------------------------------------------------------------

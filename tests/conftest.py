@@ -1,4 +1,4 @@
-"""What holds for every test: the verifier is on, two threads, and torchvision can be imported."""
+"""What holds for every test: the verifier is on, few threads, and torchvision can be imported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ os.environ.setdefault("LOWRANK_FX_CHECK", "1")
 # What a timing says is not tested, only that there is one.
 latency.MAX_SECONDS = 0.5
 
-# Sums depend on how they are split over threads; a fixed small number makes tolerances mean the same everywhere.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Sums depend on how they are split over threads; a fixed small number makes tolerances mean the same everywhere. Where
+# tests run side by side, each process keeps to a core, and so do the processes that it starts.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 def _stand_in_for_torchvision_operators() -> torch.library.Library | None:
