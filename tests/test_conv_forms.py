@@ -290,25 +290,44 @@ def test_no_step_raises_the_error(outputs: int, places: int, width: int, count: 
     rank = min(2, width)
     first = problem.start(rank)
     slack = 1e-9 * problem.energy
-    second = problem.second(first)
+    second = problem.behind(first).second(len(first))
     error = problem.error(first, second)
     assert error <= problem.energy + slack
-    assert error == pytest.approx(problem.energy - float(problem.explained(first)[-1]), abs=1e-6 * problem.energy)
+    assert error == pytest.approx(
+        problem.energy - float(problem.behind(first).explained()[-1]), abs=1e-6 * problem.energy
+    )
     for _ in range(3):
         first = problem.first(second, first, 2)
         now = problem.error(first, second)
         assert now <= error + slack
         first = problem.orthonormal(first)
-        second = problem.second(first)
+        second = problem.behind(first).second(len(first))
         error = problem.error(first, second)
         assert error <= now + slack
+
+
+def test_one_solution_serves_the_first_rows_of_a_first_map() -> None:
+    rows = randn(60, 3 * 5)
+    problem = Composition(randn(4, 3, 5, seed=2), rows.T @ rows)
+    first = problem.start(5)
+    maps = problem.behind(first)
+    for rank, gram in zip(range(1, 6), maps.grams(range(1, 6)), strict=True):
+        features = torch.einsum("nqc,rc->nrq", rows.view(-1, 3, 5), first[:rank]).flatten(1)
+        outputs = rows @ problem.weight.flatten(1).T
+        # The independent reference solves the least squares over the rows themselves; A normal equation in float64.
+        solved = torch.linalg.lstsq(features, outputs).solution
+        assert torch.allclose(maps.second(rank).flatten(1), solved.T, rtol=1e-9, atol=1e-9)
+        fitted = features @ solved
+        assert torch.allclose(gram, fitted.T @ fitted, rtol=1e-9, atol=1e-9 * problem.energy)
+        assert torch.allclose(maps.fitted(rank)[1], gram, rtol=1e-9, atol=1e-9 * problem.energy)
+        assert float(maps.explained()[rank - 1]) == pytest.approx(float(fitted.square().sum()), rel=1e-9)
 
 
 def test_the_end_is_stationary_and_as_good_as_a_general_optimiser_s() -> None:
     rows = randn(60, 3 * 5) @ randn(15, 15, seed=1)
     problem = Composition(randn(4, 3, 5, seed=2), rows.T @ rows)
     first = problem.improved(problem.start(2), 200, 4)
-    second = problem.second(first)
+    second = problem.behind(first).second(len(first))
     error = problem.error(first, second)
 
     def objective(one: Tensor, other: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ TARGET = 0.8
 # operators in another order, so its own may be a few times that. Below FLOOR nothing is asked.
 MULTIPLE, FLOOR = 5.0, 2e-6
 
+# Factoring has to move the output this many times as far as parity allows, or parity would say little.
+FARTHER = 20
+
 # A small model has few ranks on offer, so its budget cannot be used to the last FLOP; measured .022 at most.
 SLACK = 0.03
 
@@ -120,7 +123,7 @@ class Findings:
             said.append(f"{self.kept:.4f} of the FLOPs are left, so the {self.target:.4f} that was asked is not used")
         if self.factored == 0:
             said.append("nothing was factored")
-        elif self.moved <= 100 * limit:
+        elif self.moved <= FARTHER * limit:
             said.append(f"factoring moved the output by {self.moved:.2g} only, so parity says little")
         return said
 

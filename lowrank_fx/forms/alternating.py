@@ -13,6 +13,7 @@ turn: V exactly, H by preconditioned conjugate gradients. Neither can raise the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,15 +52,14 @@ class Composition:
 
         Where the q positions have the same Gram and nothing in common, the error is ``|(R - V H) G_0^(1/2)|^2`` for W
         as a matrix R ``[m q, c]`` and the positions' mean Gram G_0, and these rows are optimal at every rank (Eckart
-        and Young 1936).
+        and Young 1936). Any root L L^T of G_0 does, since |M G_0^(1/2)| = |M L|.
         """
         matrix = self.weight.flatten(0, 1)
-        values, vectors = symmetric_eigen(self.mean_gram)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        root = _cholesky(self.mean_gram, _GAUGE_FLOORS)
         inner = matrix.T @ matrix
-        _, directions = symmetric_eigen(root @ inner @ root)
+        _, directions = symmetric_eigen(root.T @ inner @ root)
         # H = directions^T root^-1 spans the same rows as this, which needs no inverse.
-        return self.orthonormal(directions[:, :rank].T @ root @ inner)
+        return self.orthonormal(directions[:, :rank].T @ root.T @ inner)
 
     def orthonormal(self, first: Tensor) -> Tensor:
         """Rows orthonormal on the mean Gram; the first k, for every k, span what the first k of ``first`` do."""
@@ -68,39 +68,15 @@ class Composition:
         made: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
         return made
 
-    def second(self, first: Tensor) -> Tensor:
-        """The best second map ``[m, r, q]`` behind ``first`` ``[r, c]``."""
-        factor, goal = self._normal(first)
-        return torch.cholesky_solve(goal.flatten(1).T, factor).T.reshape(goal.shape)
-
-    def explained(self, first: Tensor) -> Tensor:
-        """The energy that the best second map explains behind the first k rows of ``first``: ``[r]``, k = 1 ... r."""
-        factor, goal = self._normal(first)
-        parts: Tensor = torch.linalg.solve_triangular(factor, goal.flatten(1).T, upper=False)
-        return parts.square().sum(1).view(first.shape[0], self.places).sum(1).cumsum(0)
-
-    def fitted(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The best second map ``[m, r, q]`` behind ``first``, and the Gram ``[m, m]`` of the outputs it gives."""
-        factor, goal = self._normal(first)
-        flat = goal.flatten(1)
-        second = torch.cholesky_solve(flat.T, factor).T
-        return second.reshape(goal.shape), second @ flat.T
-
-    def fitted_grams(self, first: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-        """The Gram ``[m, m]`` of the best outputs behind the first k rows of ``first``, for each k of ``counts``.
-
-        Args:
-            first: ``[r, c]``.
-            counts: numbers of rows, never falling.
-        """
-        factor, goal = self._normal(first)
-        parts = torch.linalg.solve_triangular(factor, goal.flatten(1).T, upper=False)
-        total, done = parts.new_zeros(parts.shape[1], parts.shape[1]), 0
-        for count in counts:
-            more = parts[done : count * self.places]
-            total = total + more.T @ more
-            done = count * self.places
-            yield total
+    def behind(self, first: Tensor) -> SecondMaps:
+        """The best second maps behind ``first`` ``[r, c]``, and behind its first k rows for every k."""
+        spread = torch.matmul(first, self.gram.reshape(self.places, self.width, -1))
+        inner = spread.view(self.places, -1, self.places, self.width) @ first.T
+        side = first.shape[0] * self.places
+        # W G H^T through G H^T, which is there already.
+        goal = self.weight.flatten(1) @ spread.reshape(-1, self.places * self.width).T
+        goal = goal.view(-1, self.places, first.shape[0]).mT.contiguous()
+        return SecondMaps(_cholesky(inner.permute(1, 0, 3, 2).reshape(side, side)), goal)
 
     def projected(self, directions: Tensor) -> Composition:
         """The same for the outputs along orthonormal ``directions`` ``[m, k]`` alone."""
@@ -160,18 +136,54 @@ class Composition:
     def improved(self, first: Tensor, sweeps: int, steps: int) -> Tensor:
         """``first`` after ``sweeps`` rounds of: the best second map, then a better first map by ``steps`` steps."""
         for _ in range(sweeps):
-            first = self.orthonormal(self.first(self.second(first), first, steps))
+            second = self.behind(first).second(len(first))
+            first = self.orthonormal(self.first(second, first, steps))
         return first
 
-    def _normal(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the features' Gram ``[r q, r q]``, and their products with the outputs [m, r, q]."""
-        spread = torch.matmul(first, self.gram.reshape(self.places, self.width, -1))
-        inner = spread.view(self.places, -1, self.places, self.width) @ first.T
-        side = first.shape[0] * self.places
-        # W G H^T through G H^T, which is there already.
-        goal = self.weight.flatten(1) @ spread.reshape(-1, self.places * self.width).T
-        goal = goal.view(-1, self.places, first.shape[0]).mT.contiguous()
-        return _cholesky(inner.permute(1, 0, 3, 2).reshape(side, side)), goal
+
+@dataclass(frozen=True)
+class SecondMaps:
+    """The best second maps behind the first k rows of one first map, for every k.
+
+    The features of fewer rows come first, so one Cholesky factor serves them all.
+
+    Attributes:
+        factor: the lower Cholesky factor of the features' Gram ``[r q, r q]``.
+        goal: the features' products with the outputs, ``[m, r, q]``.
+    """
+
+    factor: Tensor
+    goal: Tensor
+
+    def second(self, rank: int) -> Tensor:
+        """The best second map ``[m, rank, q]`` behind the first ``rank`` rows."""
+        goal = self.goal[:, :rank]
+        flat = goal.flatten(1).T
+        return torch.cholesky_solve(flat, self.factor[: len(flat), : len(flat)]).T.reshape(goal.shape)
+
+    def fitted(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best second map ``[m, rank, q]``, and the Gram ``[m, m]`` of the outputs that it gives."""
+        second = self.second(rank)
+        return second, second.flatten(1) @ self.goal[:, :rank].flatten(1).T
+
+    def explained(self) -> Tensor:
+        """The energy that the best second map explains behind the first k rows: ``[r]``, k = 1 ... r."""
+        _, rows, places = self.goal.shape
+        return self._parts().square().sum(1).view(rows, places).sum(1).cumsum(0)
+
+    def grams(self, ranks: Sequence[int]) -> Iterator[Tensor]:
+        """The Gram ``[m, m]`` of the best outputs behind the first k rows, for each k of ``ranks``, never falling."""
+        parts, places = self._parts(), self.goal.shape[2]
+        total, done = parts.new_zeros(parts.shape[1], parts.shape[1]), 0
+        for rank in ranks:
+            more = parts[done : rank * places]
+            total = total + more.T @ more
+            done = rank * places
+            yield total
+
+    def _parts(self) -> Tensor:
+        parts: Tensor = torch.linalg.solve_triangular(self.factor, self.goal.flatten(1).T, upper=False)
+        return parts
 
 
 def _cholesky(gram: Tensor, floors: Sequence[float] = _FLOORS) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx import cost
-from lowrank_fx.forms.alternating import Composition
+from lowrank_fx.forms.alternating import Composition, SecondMaps
 from lowrank_fx.forms.base import ErrorCurve, Factors, Form, apply_blocks, rank_step, with_prior
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.sites import Site
@@ -61,15 +61,19 @@ class AlternatingForm(Form):
         """
         found = curve.made.get(rank)
         if found is None:
-            problems = self._problems(site, weight, sketch)
-            found = self._found(site, weight, curve, rank, sketch, problems, improve=True)
+            firsts, maps = [], []
+            for problem, start in zip(self._problems(site, weight, sketch), self._starts(site, curve), strict=True):
+                first = self._improved(site, problem, start, rank).to(weight.dtype)
+                firsts.append(first)
+                maps.append(problem.behind(first.double()))
+            found = self._found(site, weight, firsts, maps, rank, sketch)
             curve.made[rank] = found
             while len(curve.made) > 1 and _numbers(curve.made.values()) > KEPT_SIZE * weight.numel():
                 curve.made.pop(next(iter(curve.made)))
         return found
 
     def start(self, site: Site, weight: Tensor, curve: ErrorCurve, rank: int, sketch: Sketch) -> Factors:
-        """The factors of ``rank`` before any alternation; the least squares problem is kept for the next rank.
+        """The factors of ``rank`` before any alternation; the least squares solution is kept for the next rank.
 
         Args:
             site: the site.
@@ -78,34 +82,40 @@ class AlternatingForm(Form):
             rank: one of ``curve.ranks``.
             sketch: the one that made the curve.
         """
-        if "problems" not in curve.work:
-            curve.work["problems"] = self._problems(site, weight, sketch)
-        return self._found(site, weight, curve, rank, sketch, curve.work["problems"], improve=False)
+        firsts = [start.to(weight.dtype) for start in self._starts(site, curve)]
+        if "maps" not in curve.work:
+            problems = zip(self._problems(site, weight, sketch), firsts, strict=True)
+            curve.work["maps"] = [problem.behind(first.double()) for problem, first in problems]
+        return self._found(site, weight, firsts, curve.work["maps"], rank, sketch)
 
     def _found(
         self,
         site: Site,
         weight: Tensor,
-        curve: ErrorCurve,
+        firsts: Sequence[Tensor],
+        maps: Sequence[SecondMaps],
         rank: int,
         sketch: Sketch,
-        problems: Sequence[Composition],
-        *,
-        improve: bool,
     ) -> Factors:
-        blocks = zip(problems, curve.basis.double().chunk(site.groups), strict=True)
-        parts = [self._solved(site, problem, first, rank, weight.dtype, improve=improve) for problem, first in blocks]
+        """The factors behind the groups' first factors as they are stored."""
+        parts = [self._finished(site, own, first, rank) for own, first in zip(maps, firsts, strict=True)]
         factors = self._assembled(site, [torch.cat(each).contiguous() for each in zip(*parts, strict=True)], None)
         if not site.centered:
             return factors
         left = weight.detach().double().flatten(1) - factors.dense_matrix()
         return self._assembled(site, list(factors.tensors.values()), apply_blocks(left, sketch.mean, site.groups))
 
+    def _starts(self, site: Site, curve: ErrorCurve) -> tuple[Tensor, ...]:
+        """Each group's first factors of the largest rank, float64."""
+        return curve.basis.double().chunk(site.groups)
+
     @abstractmethod
-    def _solved(
-        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype, *, improve: bool
-    ) -> tuple[Tensor, ...]:
-        """One group's factors, in the order of their application, in their own shapes; with alternation or without."""
+    def _improved(self, site: Site, problem: Composition, start: Tensor, rank: int) -> Tensor:
+        """One group's first factor of ``rank`` after alternation, float64."""
+
+    @abstractmethod
+    def _finished(self, site: Site, maps: SecondMaps, first: Tensor, rank: int) -> tuple[Tensor, ...]:
+        """One group's factors behind ``first``, in the order of their application, in their own shapes and dtype."""
 
     def blank(self, site: Site, weight: Tensor, rank: int) -> Factors:
         """Factors of ``rank`` that hold zeros, in the dtype and on the device of ``weight``."""
@@ -167,12 +177,13 @@ class AlternatingForm(Form):
         late = self.late(site)
         dims = len(site.shape) - 2
         order = [*(axis + 1 for axis in late), 0, *(axis + 1 for axis in range(dims) if axis not in late)]
-        columns = torch.arange(site.in_features, device=weight.device).view(site.shape[1:]).permute(order).flatten()
         places, width = self._sizes(site)
         made = []
-        for block, part in zip(weight.detach().double().flatten(1).chunk(site.groups), sketch.parts, strict=True):
-            gram = seen_gram(part, site.centered)[columns][:, columns]
-            made.append(Composition(block[:, columns].reshape(-1, places, width), gram))
+        for block, part in zip(weight.detach().double().chunk(site.groups), sketch.parts, strict=True):
+            gram = seen_gram(part, site.centered).view(*site.shape[1:], *site.shape[1:])
+            turned = gram.permute(*order, *(len(order) + axis for axis in order)).reshape(places * width, -1)
+            kernel = block.permute(0, *(axis + 1 for axis in order)).reshape(-1, places, width)
+            made.append(Composition(kernel, turned))
         return made
 
 
@@ -202,21 +213,20 @@ class SplitForm(AlternatingForm):
         ranks = self._offered(site, sketch)
         problems = self._problems(site, weight, sketch)
         starts = [problem.start(ranks[-1]) for problem in problems]
-        explained = sum(problem.explained(start) for problem, start in zip(problems, starts, strict=True))
+        explained = sum(problem.behind(start).explained() for problem, start in zip(problems, starts, strict=True))
         assert isinstance(explained, Tensor)
         energy = sum(problem.energy for problem in problems)
         return ErrorCurve(
             ranks, (energy, *(energy - explained).clamp(min=0).tolist()), energy, kept_starts(starts, weight)
         )
 
-    def _solved(
-        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype, *, improve: bool
-    ) -> tuple[Tensor, ...]:
-        # The second factor is the best one for the first as it is stored.
-        first = problem.improved(first[:rank], SWEEPS if improve else 0, STEPS).to(dtype)
-        second = problem.second(first.double()).to(dtype)
+    def _improved(self, site: Site, problem: Composition, start: Tensor, rank: int) -> Tensor:
+        return problem.improved(start[:rank], SWEEPS, STEPS)
+
+    def _finished(self, site: Site, maps: SecondMaps, first: Tensor, rank: int) -> tuple[Tensor, ...]:
+        second = maps.second(rank).to(first.dtype)
         shapes = self._shapes(site, rank)
-        return first.reshape(rank, *shapes[0][1:]), second.reshape(-1, *shapes[1][1:])
+        return first[:rank].reshape(rank, *shapes[0][1:]), second.reshape(-1, *shapes[1][1:])
 
     def _shapes(self, site: Site, rank: int) -> list[tuple[int, ...]]:
         return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_fx.forms.alternating import Composition
+from lowrank_fx.forms.alternating import Composition, SecondMaps
 from lowrank_fx.forms.base import ErrorCurve, rank_step
 from lowrank_fx.forms.split import AlternatingForm, kept_starts, spanned
 from lowrank_fx.grouped_sketch import Sketch
@@ -70,7 +70,7 @@ class Tucker2(AlternatingForm):
         starts = [problem.start(inner[-1]) for problem in problems]
         explained = [0.0] * len(ranks)
         for problem, start in zip(problems, starts, strict=True):
-            for place, gram in enumerate(problem.fitted_grams(start, inner)):
+            for place, gram in enumerate(problem.behind(start).grams(inner)):
                 energies, _ = symmetric_eigen(gram)
                 explained[place] += float(energies[: ranks[place]].clamp(min=0).sum())
         tail = [energy]
@@ -79,19 +79,19 @@ class Tucker2(AlternatingForm):
             tail += [tail[-1]] * (rank - len(tail)) + [min(max(energy - found, 0.0), tail[-1])]
         return ErrorCurve(ranks, tuple(tail), energy, kept_starts(starts, weight))
 
-    def _solved(
-        self, site: Site, problem: Composition, first: Tensor, rank: int, dtype: torch.dtype, *, improve: bool
-    ) -> tuple[Tensor, ...]:
-        first = first[: self.inner(site, rank)]
-        for _ in range(TUCKER_SWEEPS if improve else 0):
-            core, outer = _projected(problem, first, rank)
+    def _improved(self, site: Site, problem: Composition, start: Tensor, rank: int) -> Tensor:
+        first = start[: self.inner(site, rank)]
+        for _ in range(TUCKER_SWEEPS):
+            core, outer = _projected(problem.behind(first), len(first), rank)
             first = problem.projected(outer).first(core, first, TUCKER_STEPS)
             first = problem.orthonormal(first)
-        # What follows is exact for the first factor as it is stored.
-        first = first.to(dtype)
-        core, outer = _projected(problem, first.double(), rank)
+        return first
+
+    def _finished(self, site: Site, maps: SecondMaps, first: Tensor, rank: int) -> tuple[Tensor, ...]:
+        inner = self.inner(site, rank)
+        core, outer = _projected(maps, inner, rank)
         shapes = self._shapes(site, rank)
-        parts = first, core.to(dtype), outer.to(dtype)
+        parts = first[:inner], core.to(first.dtype), outer.to(first.dtype)
         return tuple(part.reshape(-1, *shape[1:]) for part, shape in zip(parts, shapes, strict=True))
 
     def _shapes(self, site: Site, rank: int) -> list[tuple[int, ...]]:
@@ -120,8 +120,8 @@ class Tucker2(AlternatingForm):
         return weights < outputs * site.in_features
 
 
-def _projected(problem: Composition, first: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best core ``[rank, r1, q]`` and outputs' directions ``[m, rank]`` behind a first factor."""
-    second, gram = problem.fitted(first)
+def _projected(maps: SecondMaps, inner: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The best core ``[rank, inner, q]`` and outputs' directions ``[m, rank]`` behind the first ``inner`` rows."""
+    second, gram = maps.fitted(inner)
     outer = symmetric_eigen(gram)[1][:, :rank]
     return torch.einsum("mk,mrq->krq", outer, second), outer
