@@ -152,7 +152,8 @@ def page(rows: dict[str, Row]) -> list[str]:
             "**original**: the original in float32 against itself in float64.",
             f"Each error may be {zoo_checks.MULTIPLE:g} times the larger of *float32* and *original*, or "
             f"{zoo_checks.FLOOR:g} if that is more. Saved and loaded models, factored and folded, must be bit-equal. "
-            f"Factoring must move the output by {zoo_checks.FARTHER} times as much, or the comparison would say nothing.",
+            f"Factoring must move the output by {zoo_checks.FARTHER} times as much, or the comparison would say "
+            "nothing.",
             "Every parameter of two or more dimensions must be a site, be left alone with a reason, or be named by "
             "clean-up; the output must have the original's class; the original must be untouched.",
             "**s**: seconds of `optimize` with the graph verifier on, both plans included and effects measured with a "
