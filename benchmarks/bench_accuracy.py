@@ -21,7 +21,7 @@ import common
 from subjects import SUBJECTS, Aim, Measured, Subject
 from torch import nn
 
-from lowrank_fx import Keep, LowRankModule, Refine, optimize
+from lowrank_fx import Keep, LowRankModule, Refine, calibrate, optimize
 from lowrank_fx._render import number, percent
 from lowrank_fx.double_sided import split_variant
 from lowrank_fx.planners.budget import by_effect
@@ -44,6 +44,7 @@ REFINE = {
     "vit": Refine(steps=400, batch=128, augment=flip_and_shift),
     "lm": Refine(steps=400),
 }
+"""How each model is refined; the steps are for its hardest target, others take ``Aim.steps``."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,23 @@ def main() -> None:
 
 LEGEND = (
     "A row per lead, each on top of those above it, all from one calibration; *optimize* is what `optimize` returns, "
-    "which compares candidates on held-out calibration data. *Held-out error*: relative L2 error of the model's "
-    "outputs on calibration data that chose nothing. *Asked* is what the project set itself, for the plan before and "
-    "after refinement. Refinement distils from the original on the calibration batches, without labels. *Seconds* are "
-    "those of the row alone; `optimize` comes after calibration, and the first one compiles nothing."
+    'which compares candidates on held-out calibration data; *KL*: with `loss_fn="kl"`, for models that give logits; '
+    "*re-gauged*: with `Keep(params=..., regauge=True)`. *Held-out error*: relative error of the model's outputs on "
+    "calibration data that chose nothing, L2 or KL as the plan was made. *Asked* is what the project set itself, for "
+    "the plan before and after refinement. Refinement distils from the original on the calibration batches, without "
+    "labels. *Seconds* are those of the row alone, after calibration."
 )
 
 
 def section(subject: Subject, refine: Refine | None) -> list[str]:
     """A table per target."""
-    started = time.monotonic()
-    made = optimize(subject.model, subject.loader, target=subject.aims[0].target, compile=False)
-    planned = time.monotonic() - started
+    target = subject.aims[0].target
+    calibration, calibrated = _timed(lambda: calibrate(subject.model, subject.loader))
+    made, planned = _timed(lambda: optimize(subject.model, calibration, target=target, compile=False))
     assert made.session is not None
+    judged = (
+        optimize(subject.model, calibration, target=target, compile=False, loss_fn="kl") if subject.logits else made
+    )
     header = (
         "",
         subject.figure,
@@ -123,16 +128,25 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
         "held-out error",
         "seconds",
     )
-    lines = common.paragraph(f"{subject.about} Calibration, effects and the first plan took {planned:.0f} s.")
+    lines = common.paragraph(
+        f"{subject.about} Calibration took {calibrated:.0f} s, effects and the first plan {planned:.0f} s."
+    )
     for aim in subject.aims:
         rows = [*_rows(subject, aim, made.session)]
-        plain, seconds = _timed(lambda aim=aim: made.replan(aim.target))  # type: ignore[misc]
-        rows.append(_row(f"optimize ({plain.plan.candidate})", subject, plain, aim.plain, plain, seconds))
+        ways = {"optimize": made, "optimize, KL": judged} if subject.logits else {"optimize": made}
+        for name, way in ways.items():
+            plain, seconds = _timed(lambda way=way, aim=aim: way.replan(aim.target))  # type: ignore[misc]
+            asked = aim.plain if way is judged else None
+            rows.append(_row(f"{name} ({plain.plan.candidate})", subject, plain, asked, plain, seconds))
+        if regauged := aim.regauged:
+            plain, seconds = _timed(lambda aim=regauged: made.replan(aim))  # type: ignore[misc]
+            rows.append(_row(f"optimize, re-gauged ({plain.plan.candidate})", subject, plain, None, plain, seconds))
         if refine is not None:
-            done, seconds = _timed(lambda aim=aim: made.replan(aim.target, refine=refine))  # type: ignore[misc]
+            own = dataclasses.replace(refine, steps=aim.steps or refine.steps)
+            done, seconds = _timed(lambda aim=aim, own=own: judged.replan(aim.target, refine=own))  # type: ignore[misc]
             kept = done.plan.refinement
-            said = "" if kept is None else f" ({kept.best_step} of {refine.steps} steps kept)"
-            rows.append(_row(f"optimize, refine{said}", subject, done, aim.refined, done, seconds))
+            said = "" if kept is None else f" ({kept.best_step} of {own.steps} steps kept)"
+            rows.append(_row(f"refined{said}", subject, done, aim.refined, done, seconds))
         lines += ["", f"**{aim.target}**", "", *common.table(header, rows)]
     return lines
 

@@ -35,11 +35,15 @@ class Aim:
         target: what is kept.
         plain: the figure asked for without refinement; None where none is.
         refined: the figure asked for with refinement.
+        steps: of refinement; None for as many as the model's hardest target takes.
+        regauged: the same target with re-gauged pairs, where it is measured too.
     """
 
     target: Keep
     plain: float | None
     refined: float | None
+    steps: int | None = None
+    regauged: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Subject:
         figure: what the figure is called.
         rising: whether a higher figure is better.
         extra: headers of :attr:`Measured.extra`.
+        logits: whether it gives logits, so that errors can be measured by their KL divergence too.
         aims: the targets.
     """
 
@@ -76,6 +81,7 @@ class Subject:
     rising: bool
     aims: tuple[Aim, ...]
     extra: tuple[str, ...] = ()
+    logits: bool = False
 
 
 # ---- the sentence encoder --------------------------------------------------------------------------------------------
@@ -103,7 +109,7 @@ def minilm(data: Path) -> Subject:
         error = float(cosines.std()) / math.sqrt(len(test))
         return Measured(float(cosines.mean()), error, (f"{agreement(vectors):.4f}",))
 
-    asked = ((0.8, 0.965, 0.985), (0.67, 0.93, 0.97), (0.5, 0.86, 0.94))
+    asked = ((0.8, 0.965, 0.985, 100), (0.67, 0.93, 0.97, 100), (0.5, 0.86, 0.94, None))
     return Subject(
         title="all-MiniLM-L6-v2, mean pooling",
         about=(
@@ -117,7 +123,10 @@ def minilm(data: Path) -> Subject:
         measure=measure,
         figure="cosine",
         rising=True,
-        aims=tuple(Aim(Keep(params=share, of="sites"), plain, refined) for share, plain, refined in asked),
+        aims=tuple(
+            Aim(Keep(params=share, of="sites"), plain, refined, steps, Keep(params=share, of="sites", regauge=True))
+            for share, plain, refined, steps in asked
+        ),
         extra=("Spearman",),
     )
 
@@ -206,6 +215,7 @@ def _classifier(
         rising=False,
         aims=aims,
         extra=("broken", "mended"),
+        logits=True,
     )
 
 
@@ -260,6 +270,7 @@ def language_model(data: Path) -> Subject:
         figure="perplexity rise",
         rising=False,
         aims=tuple(Aim(Keep(params=share, of="sites"), None, None) for share in (0.8, 0.6)),
+        logits=True,
     )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lowrank_fx._describe import describe, describe_forward, is_dataclass, is_mapping
 from lowrank_fx.errors import CalibrationError, LowRankError, OptionError
+from lowrank_fx.loader_batch import Change, cut_batch, cut_tensor, map_tensors
 
 Role = Literal["calibrate", "select", "report"]
 
@@ -34,11 +35,13 @@ class Call:
         args: positional arguments.
         kwargs: keyword arguments.
         mask: bool tensor [B, T], true where a position is real and false where it is padding; None without padding.
+        batch: as the loader gave it, where a loss of the user's needs it; tensors that are arguments too are shared.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: torch.Tensor | None = None
+    batch: Any = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor among the arguments, however nested, in the order of ``torch.utils._pytree``."""
@@ -66,22 +69,26 @@ class Call:
         passed as they are.
         """
         size = self.batch_size
-
-        def cut(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.dim() == 0 or tensor.shape[0] != size:
-                return tensor
-            return tensor[start:stop] if tensor.layout is torch.strided else _cut_sparse(tensor, start, stop)
-
-        return self.map(cut)
+        return self._changed(
+            lambda tensor: cut_tensor(tensor, size, start, stop),
+            lambda batch, done: cut_batch(batch, size, start, stop, done),
+        )
 
     def to(self, device: torch.device | str) -> Call:
         """The call with every tensor, and the mask, on ``device``."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    def map(self, change: Change) -> Call:
         """The call with ``change`` applied to every tensor and to the mask."""
+        return self._changed(change, lambda batch, done: map_tensors(batch, change, done))
+
+    def _changed(self, change: Change, follow: Callable[[Any, Mapping[int, torch.Tensor]], Any]) -> Call:
         args, kwargs = pytree.tree_map_only(torch.Tensor, change, (self.args, self.kwargs))
-        return Call(args, kwargs, None if self.mask is None else change(self.mask))
+        made = Call(args, kwargs, None if self.mask is None else change(self.mask))
+        if self.batch is None:
+            return made
+        done = {id(old): new for old, new in zip(self.tensors(), made.tensors(), strict=True)}
+        return replace(made, batch=follow(self.batch, done))
 
 
 @dataclass(frozen=True)
@@ -380,11 +387,6 @@ def _check_leaves(call: Call, index: int) -> None:
                 f"batch {index} passes {describe(leaf)} as one argument, and torch cannot see the tensors in it; "
                 f"{cure}, or pass forward_args=, a function from a batch to the arguments of forward"
             )
-
-
-def _cut_sparse(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    coordinates = tensor.to_sparse(layout=torch.sparse_coo)  # no other layout can be indexed by rows
-    return coordinates.index_select(0, torch.arange(start, stop, device=tensor.device)).to_sparse(layout=tensor.layout)
 
 
 def _padding_mask(arguments: Mapping[str, Any], batch: Any) -> torch.Tensor | None:

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_fx._ambient import seeded
 from lowrank_fx._bundle import pack, unpack
 from lowrank_fx.batches import Call
-from lowrank_fx.compare import floating_outputs
+from lowrank_fx.compare import ErrorSum, floating_outputs
+from lowrank_fx.errors import CalibrationError
+from lowrank_fx.judges import Judge, Measure
+from lowrank_fx.loader_batch import map_tensors, plain_batch, tensors_in
+from lowrank_fx.program import Outputs, Program
 
 HOLDOUT_BYTES = 512 << 20
 """Cap on cached inputs and outputs, per role."""
@@ -25,15 +30,49 @@ EFFECT_BATCHES = 2
 
 @dataclass(frozen=True)
 class CachedBatch:
-    """A batch with the floating tensors among the original model's outputs, in the order of its leaves."""
+    """A batch with the original model's outputs.
+
+    Attributes:
+        call: the batch.
+        reference: the floating tensors among the outputs, in the order of the leaves.
+        judge: measures other outputs against them; None for their L2 distance. It is neither copied, moved nor stored.
+    """
 
     call: Call
     reference: tuple[Any, ...]
+    judge: Judge | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs and outputs."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.call.tensors(), *self.reference))
+        """Bytes of the inputs and outputs, and of what else the loader gave."""
+        given = self.call.tensors()
+        known = {id(tensor) for tensor in given}
+        others = [tensor for tensor in tensors_in(self.call.batch) if id(tensor) not in known]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*given, *others, *self.reference))
+
+    def measure(self, outputs: Outputs, total: ErrorSum) -> None:
+        """Add to ``total`` how far ``outputs`` of a changed model are from the original's.
+
+        Raises:
+            CalibrationError: they cannot be compared, or a loss of the user's fails on them.
+        """
+        if self.judge is None:
+            total.add_trial(outputs, self.reference, self.call.mask)
+        else:
+            total.add_squares(self.judge.error(outputs), self.judge.size)
+
+    def judged(self, program: Program, measure: Measure, what: str) -> CachedBatch:
+        """The batch with errors on it measured by ``measure``; see :meth:`Measure.judge`."""
+        judge = measure.judge(program, self.call, what)
+        return CachedBatch(self.call, judge.reference, judge)
+
+    def first(self, program: Program, rows: int) -> CachedBatch:
+        """The first rows, with what the original returns for them alone."""
+        call = self.call.rows(0, rows)
+        if self.judge is not None:
+            return replace(self, call=call).judged(program, self.judge.measure, self.judge.what)
+        with seeded(program.device):
+            return CachedBatch(call, program.run(call))
 
     def owned(self) -> CachedBatch:
         """The batch in memory of its own."""
@@ -75,6 +114,23 @@ class Cache:
         if self.closed is not None:
             return
         self._take(index, CachedBatch(call, tuple(floating_outputs(outputs)) if self.outputs else ()))
+
+    def judged(self, program: Program, measure: Measure, what: str) -> Cache:
+        """The cache with errors on its batches measured by ``measure``.
+
+        Raises:
+            CalibrationError: no error can be measured by it; the message names the batch.
+        """
+        batches = {
+            index: batch.judged(program, measure, f"{what} batch {index}") for index, batch in self.batches.items()
+        }
+        if not any(batch.judge.size > 0 for batch in batches.values() if batch.judge is not None):
+            raise CalibrationError(
+                f"{measure.name} measures nothing here: on no {what} batch does it tell outputs of zero from those of "
+                "the original, once its first order is taken out. A loss that is linear in the outputs (the mean of "
+                "a loss that the model itself returns) has nothing else; let it take logits or predictions"
+            )
+        return replace(self, batches=batches)
 
     def in_order(self) -> list[CachedBatch]:
         """The batches in the order of the loader."""
@@ -153,11 +209,20 @@ def owned_call(call: Call) -> Call:
 def packed_call(call: Call, tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
     """A call as JSON data; its tensors go into ``tensors``.
 
+    Of the loader's batch, mappings that are no dictionaries become some; tensors that are arguments are stored once.
+
     Raises:
         StorageError: it holds something that cannot be stored; the message says so of ``what``.
     """
     values = {"args": call.args, "kwargs": call.kwargs, "mask": call.mask}
-    return {name: pack(value, tensors, what) for name, value in values.items()}
+    data = {name: pack(value, tensors, what) for name, value in values.items()}
+    if call.batch is None:
+        return data
+    places = {id(tensor): place for place, tensor in enumerate(call.tensors())}
+    shared = [places.get(id(tensor)) for tensor in tensors_in(call.batch)]
+    batch = map_tensors(call.batch, lambda tensor: torch.empty(0) if id(tensor) in places else tensor)
+    packed = pack(plain_batch(batch), tensors, f"the loader's own batch of {what}")
+    return {**data, "batch": packed, "shared": shared}
 
 
 def unpacked_call(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Call:
@@ -169,7 +234,16 @@ def unpacked_call(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
     args, kwargs, mask = (unpack(data[name], tensors) for name in ("args", "kwargs", "mask"))
     if not (isinstance(args, tuple) and isinstance(kwargs, dict) and isinstance(mask, Tensor | None)):
         raise ValueError("a batch is not a call")
-    return Call(args, kwargs, mask)
+    call = Call(args, kwargs, mask)
+    if "batch" not in data:
+        return call
+    batch, given, places = unpack(data["batch"], tensors), call.tensors(), iter(data["shared"])
+
+    def shared(tensor: Tensor) -> Tensor:
+        place = next(places)
+        return tensor if place is None else given[place]
+
+    return replace(call, batch=map_tensors(batch, shared))
 
 
 def _owned(tensor: Tensor) -> Tensor:

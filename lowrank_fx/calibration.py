@@ -16,11 +16,12 @@ from lowrank_fx.cache import EFFECT_BATCHES, INPUT_BYTES, Cache, CachedBatch, ow
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.fingerprint import Share, Source, base_weights, call_checksum, describe_share, weights_differ
 from lowrank_fx.grouped_sketch import Sketch, load_sketch, make_sketch, merge_sketches
+from lowrank_fx.judges import Measure
 from lowrank_fx.observer import sketch_sizes
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site, SiteTable
 
-FORMAT = 3
+FORMAT = 4
 NAME = "calibration"
 
 FirstRows: TypeAlias = tuple[int, int, tuple[int, ...]]
@@ -139,6 +140,20 @@ class Calibration:
     def calls_of(self, site: Site) -> list[tuple[int, tuple[int, ...]]]:
         """For each call of ``site`` its rows in the first calibration batch that reached it, and the input's space."""
         return [self.first_rows.get(call.tap, (0, 0, ()))[1:] for call in site.calls]
+
+    def judged(self, program: Program, measure: Measure | None) -> Calibration:
+        """The calibration with errors measured by ``measure``; itself for the L2 distance of outputs.
+
+        Raises:
+            CalibrationError: no error can be measured by it; the message names the batch.
+        """
+        if measure is None:
+            return self
+        caches = {"effect": "calibration", "select": "held-out", "report": "held-out"}
+        judged: dict[str, Any] = {
+            name: getattr(self, name).judged(program, measure, what) for name, what in caches.items()
+        }
+        return replace(self, **judged)
 
     def check_model(self, model: nn.Module) -> None:
         """Make sure that it was made of this model, and has a batch of every role.
@@ -315,6 +330,7 @@ def blank(
     seed: int = 0,
     holdout: float = 0.2,
     shard: tuple[int, int] = (0, 1),
+    keeps_batches: bool = False,
 ) -> Calibration:
     """A calibration that has seen nothing yet.
 
@@ -329,13 +345,16 @@ def blank(
         seed: chooses the rows.
         holdout: share of the batches that is held out.
         shard: (i, n) for the batches whose position in the loader leaves i when divided by n.
+        keeps_batches: whether the loader's own batches are kept beside the arguments of ``forward``, for a loss.
     """
     taps = table.taps.values()
     sizes = sketch_sizes(taps, sketch_size, sketch_memory)
     sketches = {tap.name: make_sketch(tap.width, tap.groups, sizes[tap.name], program.device) for tap in taps}
     shares: dict[str, Share] = {tap.name: (tap.width, tap.groups, sketches[tap.name].size) for tap in taps}
-    source = Source(base_weights(model), program.way, shares, seed, holdout, call_checksum(example), shard[1])
-    return Calibration(source, owned_call(example), sketches, frozenset({shard[0]}))
+    source = Source(
+        base_weights(model), program.way, shares, seed, holdout, call_checksum(example), shard[1], keeps_batches
+    )
+    return Calibration(source, owned_call(replace(example, batch=None)), sketches, frozenset({shard[0]}))
 
 
 def _first_rows(index: int, rows: int, space: Sequence[int]) -> FirstRows:

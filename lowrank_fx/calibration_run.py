@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -178,7 +179,7 @@ def _run(
             f"batch {index} is {describe_call(moved)}, and batch 0 was {describe_call(state.example)}: {error}; "
             "capture='modules' takes every shape that the model itself takes"
         ) from error
-    call = Call(args, kwargs, moved.mask)
+    call = Call(args, kwargs, moved.mask, moved.batch)
     if assigned.role == "calibrate":
         recorder.start(index, call.mask)
         outputs = run_batch(program, observed, call, index, state.example)
@@ -186,7 +187,7 @@ def _run(
             with seeded(device):
                 state.counted = (index, program.count_flops(call))
         state.effect.add(index, call, outputs)
-        state.inputs.add(index, call, outputs)
+        state.inputs.add(index, replace(call, batch=None), outputs)
     else:
         cache = state.select if assigned.role == "select" else state.report
         cache.add(index, call, run_batch(program, program.run, call, index, state.example))

@@ -181,6 +181,15 @@ def optimize(
             show_default=False,
         ),
     ] = None,
+    regauge: Annotated[
+        bool,
+        typer.Option(
+            "--regauge",
+            metavar="",
+            help="With --keep-params: leave out the numbers of each pair that change nothing, which buys higher ranks.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = False,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
@@ -205,7 +214,7 @@ def optimize(
     from lowrank_fx import pipeline
     from lowrank_fx.origin import Origin, named_batches, named_model, write_origin
 
-    target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop)
+    target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop, regauge=regauge)
     made = pipeline.optimize(
         named_model(model, "MODULE:FACTORY"),
         named_batches(data, "--data"),
@@ -350,11 +359,14 @@ def _target(
     of: Scope | None,
     metric: str | None,
     max_drop: float | None,
+    *,
+    regauge: bool = False,
 ) -> Target:
     """The one target of a command line.
 
     Raises:
-        OptionError: more than one is given, ``--of`` without a share, or one of ``--metric`` and ``--max-drop`` alone.
+        OptionError: more than one is given, ``--of`` without a share, ``--regauge`` without
+            ``--keep-params``, or one of ``--metric`` and ``--max-drop`` alone.
         TargetError: a value is not legal.
     """
     from lowrank_fx.origin import resolve
@@ -368,6 +380,8 @@ def _target(
         raise OptionError(f"{' and '.join(given)}: give one target, not {len(given)}")
     if max_drop is not None and metric is None:
         raise OptionError(f"--max-drop {max_drop:g} says how much a metric may drop; use it with --metric")
+    if regauge and params is None:
+        raise OptionError("--regauge saves parameters; use it with --keep-params")
     if params is None and flops is None:
         if of is not None:
             raise OptionError(f"--of {of.value} says what a share counts; use it with --keep-params or --keep-flops")
@@ -376,4 +390,4 @@ def _target(
                 raise OptionError(f"--metric {metric} needs --max-drop DROP: how much lower it may be, such as 0.01")
             return Metric(resolve(metric, "--metric"), max_drop)
         return Tolerance() if tolerance is None else Tolerance(tolerance)
-    return Keep(params=params, flops=flops, of=of.value if of is not None else "model")
+    return Keep(params=params, flops=flops, of=of.value if of is not None else "model", regauge=regauge)

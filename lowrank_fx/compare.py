@@ -119,6 +119,16 @@ class ErrorSum:
         else:
             self._error_squares = math.inf
 
+    def add_squares(self, error: float, size: float) -> None:
+        """Add one batch whose squares were measured elsewhere.
+
+        Args:
+            error: in the place of |y - y_ref|^2.
+            size: in the place of |y_ref|^2.
+        """
+        self._error_squares += error
+        self._reference_squares += size
+
     @property
     def relative(self) -> float:
         """The relative error so far: 0 when output and reference are both zero, infinite when only the reference is."""

@@ -9,6 +9,8 @@ convolution, a batch of matrices). ``in_features`` is then what *one* block is a
 block's pair: g blocks of ``out_features / g x r`` times ``r x in_features``.
 
 FLOPs are two times the multiply-accumulates (MACs), as in torch's flop counter; a bias costs nothing there.
+
+A pair without groups that is *re-gauged* (``gauge.py``) holds ``rank^2`` numbers less and computes as much less.
 """
 
 from __future__ import annotations
@@ -32,6 +34,15 @@ def pair_params(out_features: int, in_features: int, rank: int, groups: int = 1)
     return rank * (out_features + groups * in_features)
 
 
+def regauged_params(out_features: int, in_features: int, rank: int) -> int:
+    """Number of weights of a re-gauged pair: ``r (m + d - r)``, below ``m d`` for every r below m and d.
+
+    >>> regauged_params(4, 6, 2)
+    16
+    """
+    return rank * (out_features + in_features - rank)
+
+
 def dense_flops(out_features: int, in_features: int, rows: int) -> int:
     """FLOPs of a dense layer applied to ``rows`` rows.
 
@@ -48,6 +59,15 @@ def pair_flops(out_features: int, in_features: int, rank: int, rows: int, groups
     400
     """
     return 2 * rows * pair_params(out_features, in_features, rank, groups)
+
+
+def regauged_flops(out_features: int, in_features: int, rank: int, rows: int) -> int:
+    """FLOPs of a re-gauged pair applied to ``rows`` rows.
+
+    >>> regauged_flops(4, 6, 2, 10)
+    320
+    """
+    return 2 * rows * regauged_params(out_features, in_features, rank)
 
 
 def break_even_rank(out_features: int, in_features: int, groups: int = 1) -> float:
@@ -77,3 +97,16 @@ def candidate_ranks(out_features: int, in_features: int, multiple: int, groups: 
     break_even = break_even_rank(out_features, in_features, groups)
     step = multiple if break_even >= 64 else 1
     return tuple(rank for rank in range(step, int(break_even) + 1, step) if rank < break_even)
+
+
+def ranks_beyond(out_features: int, in_features: int, multiple: int) -> tuple[int, ...]:
+    """The ranks from break-even on, below full rank, in the steps of :func:`candidate_ranks`.
+
+    A pair of such a rank costs more than the dense layer; only a re-gauged one still costs less.
+
+    >>> ranks_beyond(384, 384, 8)[0], ranks_beyond(384, 384, 8)[-1]
+    (192, 376)
+    """
+    break_even = break_even_rank(out_features, in_features)
+    step = multiple if break_even >= 64 else 1
+    return tuple(rank for rank in range(step, min(out_features, in_features), step) if rank >= break_even)

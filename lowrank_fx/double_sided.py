@@ -109,7 +109,7 @@ class ObliqueCurve(ErrorCurve):
     """An error curve whose projections are oblique: W' = basis_k dual_k^T W, block by block.
 
     Attributes:
-        dual: ``[out_features, max(ranks)]``, like ``basis``; within a group ``dual^T basis`` is the identity.
+        dual: ``[out_features, largest]``, like ``basis``; within a group ``dual^T basis`` is the identity.
     """
 
     dual: Tensor = field(repr=False)
@@ -128,19 +128,18 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
     Returns:
         A curve whose ``tail`` is the layer's own output error, as that of every curve.
     """
-    ranks = form.ranks(site)
-    if sketch.size is not None:
-        ranks = tuple(rank for rank in ranks if rank <= sketch.size // 2) or ranks[:1]
+    ranks, beyond = form.supported(site, sketch)
+    largest = (*ranks, *beyond)[-1]
     blocks = site.matrix(weight.detach()).double().chunk(site.groups)
     bases, duals, tails = [], [], []
     for block, part, own in zip(blocks, sketch.parts, gradients.parts, strict=True):
         metric = OutputMetric.of(own)
-        directions, energies = group_spectrum(metric.root(block), part, site.centered, ranks[-1])
+        directions, energies = group_spectrum(metric.root(block), part, site.centered, largest)
         back = metric.inverse_root(directions)
         lengths = torch.linalg.vector_norm(back, dim=0)
         tails.append(energies * lengths.square())
-        bases.append((back / lengths)[:, : ranks[-1]])
-        duals.append((metric.root(directions) * lengths)[:, : ranks[-1]])
+        bases.append((back / lengths)[:, :largest])
+        duals.append((metric.root(directions) * lengths)[:, :largest])
     longest = max(len(own) for own in tails)
     energies = torch.stack([F.pad(own, (0, longest - len(own))) for own in tails]).sum(0)
     tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
@@ -150,6 +149,7 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
         tail=tuple(tail.tolist()),
         energy=float(tail[0]),
         basis=torch.cat(bases).to(keep).contiguous(),
+        beyond=beyond,
         dual=torch.cat(duals).to(keep).contiguous(),
     )
 

@@ -1,10 +1,11 @@
 """What factoring a site does to the model's output, measured.
 
-The *effect* of a site at a form and rank is the relative L2 error of the model's outputs when that site alone is
-replaced. It is measured at a few ranks, and read off between them through the site's own error: log effect against log
-error, monotone. One rank is not enough: behind a pooling layer the first error directions average away and the last
-ones do not, so no single measurement extrapolates. Where the curve is straight three ranks are enough, so the first
-batch decides: between two ranks more are measured only where the one in the middle was not where it was expected.
+The *effect* of a site at a form and rank is the relative error of the model's outputs (L2, or what ``losses.py`` has in
+its place) when that site alone is replaced. It is measured at a few ranks, and read off between them through the site's
+own error: log effect against log error, monotone. One rank is not enough: behind a pooling layer the first error
+directions average away and the last ones do not, so no single measurement extrapolates. Where the curve is straight
+three ranks are enough, so the first batch decides: between two ranks more are measured only where the one in the middle
+was not where it was expected.
 
 A site has several *variants*: forms, and of the output forms also the basis that output gradients choose. A variant
 stays in the race, and is measured at length, only while
@@ -84,7 +85,7 @@ class SiteCurves:
             PlanError: the form or the rank is not on offer.
         """
         curve = self.forms.get(form)
-        if curve is None or not 1 <= rank <= curve.ranks[-1]:
+        if curve is None or not 1 <= rank <= curve.largest:
             raise PlanError(f"{self.site.name}: form {form!r} at rank {rank} is not on offer")
         plain = FORMS[split_variant(form)[0]]
         if isinstance(curve, ObliqueCurve):
@@ -209,7 +210,7 @@ def measure_effects(
                         with seeded(program.device, None):
                             # An effect belongs to an error, so it is measured with factors of just that error.
                             outputs = trial(entry.factors(form, rank, final=False))
-                        total.add_trial(outputs, batch.reference, batch.call.mask)
+                        batch.measure(outputs, total)
 
                     if site.name in races:
                         for (form, rank), total in races[site.name].sums.items():
@@ -345,7 +346,7 @@ def measure_joint(
                         factors = None if taken is None else curves[site.name].factors(*taken, final=False)
                         with seeded(program.device, None):
                             outputs = trial(factors)
-                        total.add_trial(outputs, batch.reference, batch.call.mask)
+                        batch.measure(outputs, total)
                     curves[site.name].rest()
     return joint_error(program, base, batches), {
         name: tuple(total.relative for total in totals) for name, totals in sums.items()
@@ -382,7 +383,7 @@ def _error(device: torch.device, run: Callable[[Call], Outputs], batches: Sequen
         for batch in batches:
             with seeded(device):
                 outputs = run(batch.call)
-            total.add_trial(outputs, batch.reference, batch.call.mask)
+            batch.measure(outputs, total)
     return total.relative
 
 
@@ -403,13 +404,8 @@ def affordable(program: Program, calibration: Calibration, forks: int, work: flo
     rows = min(max(rows, MIN_EFFECT_ROWS), total)
     if rows == total:
         return list(batches)
-    cut = []
     with torch.no_grad():
-        for batch in batches:
-            call = batch.call.rows(0, max(1, rows * batch.call.batch_size // total))
-            with seeded(program.device):
-                cut.append(CachedBatch(call, program.run(call)))
-    return cut
+        return [batch.first(program, max(1, rows * batch.call.batch_size // total)) for batch in batches]
 
 
 def _monotone(points: list[tuple[float, float]]) -> EffectCurve:

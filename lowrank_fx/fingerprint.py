@@ -64,6 +64,7 @@ class Source:
         holdout: share of the batches that is held out.
         first_batch: checksum of the loader's first batch.
         shards: into how many shards the batches are divided; 1 for a single run.
+        keeps_batches: whether the loader's own batches are kept beside the arguments of ``forward``, for a loss.
     """
 
     weights: Mapping[str, BaseWeight]
@@ -73,6 +74,7 @@ class Source:
     holdout: float
     first_batch: str
     shards: int
+    keeps_batches: bool = False
 
     def differs(self, other: Source) -> str | None:
         """What is first found to differ from ``other``, in words that begin with "it"; None if nothing does."""
@@ -90,6 +92,9 @@ class Source:
             mine, theirs = self.taps[name], other.taps[name]
             if mine != theirs:
                 return f"its sketch of {name!r} has {describe_share(mine)}, not {describe_share(theirs)}"
+        if self.keeps_batches != other.keeps_batches:
+            kept = "keeps the loader's batches" if self.keeps_batches else "does not keep the loader's batches"
+            return f"it {kept} for a loss (loss_fn= differs)"
         if self.first_batch != other.first_batch:
             return "its first batch is another one; the loader has to give the same batches in the same order"
         return None
@@ -104,6 +109,7 @@ class Source:
             "holdout": self.holdout,
             "first_batch": self.first_batch,
             "shards": self.shards,
+            "keeps_batches": self.keeps_batches,
         }
 
     @classmethod
@@ -129,6 +135,7 @@ class Source:
             holdout=float(data["holdout"]),
             first_batch=str(data["first_batch"]),
             shards=int(data["shards"]),
+            keeps_batches=bool(data["keeps_batches"]),
         )
 
 

@@ -63,6 +63,11 @@ class GraphProgram(Program):
         """Run the graph."""
         return run_flat(self.module, call)
 
+    def returned(self, call: Call) -> Any:
+        """Run the graph."""
+        call = call.map(torch.clone)
+        return self.module(*call.args, **call.kwargs)
+
     def find_sites(self, skip: Sequence[str] = ()) -> SiteTable:
         """Sites by the table of operators."""
         return find_sites(self.module, skip)

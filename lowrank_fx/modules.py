@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from lowrank_fx.forms import Factors, composed
 from lowrank_fx.forms.geometry import Geometry, divided
+from lowrank_fx.gauge import Gauge
 from lowrank_fx.hooks import is_weight_hook
 from lowrank_fx.patches import Patch
 from lowrank_fx.sites import Site
@@ -43,7 +44,10 @@ _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-_REPLACED = ("weight", "bias", "factor_in", "factor_mid", "factor_out")
+_REPLACED = ("weight", "bias", "factor_in", "factor_mid", "factor_out", "gauge_order")
+
+_OWN = ("plain", "transposed", "pivots")
+"""Attributes that a stand-in has besides those of the layer."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,11 @@ def stand_in(module: nn.Module, site: Site, factors: Factors, bias: Tensor | Non
     own_class = kind if issubclass(kind, plain) else type(f"Factored{plain.__name__}", (kind, plain), {})
     made: StandIn = kind.__new__(own_class)
     made.__dict__.update(_plain_attributes(module))
-    made.plain, made.transposed = plain, site.transposed
+    made.plain, made.transposed, made.pivots = plain, site.transposed, None
     parameters: dict[str, Any] = made._parameters
     parameters.update(factors.tensors, bias=bias)
+    if factors.gauge is not None:
+        made.pivots, made._buffers["gauge_order"] = factors.gauge.start, factors.gauge.order
     # torch's transformer layers hand their weights to one fused kernel, unless a module in them has a hook.
     made.register_forward_pre_hook(_no_fast_path)
     return made
@@ -162,6 +168,8 @@ class StandIn(nn.Module):
         bias: ``[out]``, or None.
         plain: the class of the layer that it stands for.
         transposed: that layer stores its weight ``[in, out]``.
+        pivots: the first of the pivots of a re-gauged pair, which may have an order of its inputs as the buffer
+            ``gauge_order``; None for any other.
     """
 
     factor_in: Tensor
@@ -169,6 +177,12 @@ class StandIn(nn.Module):
     bias: Any
     plain: type[nn.Module]
     transposed: bool
+    pivots: int | None
+
+    @property
+    def gauge(self) -> Gauge | None:
+        """That of a re-gauged pair."""
+        return None if self.pivots is None else Gauge(self.pivots, self._buffers["gauge_order"])
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -179,7 +193,10 @@ class StandIn(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The product of the factors in the shape of the weight that they replace, multiplied in float64."""
-        groups = getattr(self, "groups", 1)
+        groups, gauge = getattr(self, "groups", 1), self.gauge
+        if gauge is not None:
+            product = self.factor_out.double() @ gauge.spread(self.factor_in.double())
+            return (product.t() if self.transposed else product).to(self.factor_in.dtype)
         shaped = composed([factor.double() for factor in self.factors], groups).to(self.factor_in.dtype)
         return shaped.t() if self.transposed else shaped
 
@@ -189,11 +206,16 @@ class FactoredLinear(StandIn, nn.Linear):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
+        gauge = self.gauge
+        if gauge is not None:
+            return gauge.apply(input, self.factor_in, self.factor_out, self.bias)
         return F.linear(F.linear(input, self.factor_in), self.factor_out, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and rank."""
         rank, features = self.factor_in.shape
+        if self.pivots is not None:
+            return f"{features + rank} -> {rank} -> {self.factor_out.shape[0]}, re-gauged"
         return f"{features} -> {rank} -> {self.factor_out.shape[0]}"
 
 
@@ -272,7 +294,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
             # What a hook computes a weight from: weight_g and weight_v, weight_orig and weight_mask, ...
             if name in _REPLACED or (computed and name.startswith(("weight_", "bias_"))):
                 del kept[kind][name]
-    return {key: value for key, value in kept.items() if key not in (*_REPLACED, "plain", "transposed")}
+    return {key: value for key, value in kept.items() if key not in (*_REPLACED, *_OWN)}
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:

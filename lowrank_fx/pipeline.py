@@ -8,8 +8,10 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import torch
 from torch import nn
 
 from lowrank_fx import storage
@@ -25,6 +27,8 @@ from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
 from lowrank_fx.forms import FORMS
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
+from lowrank_fx.judges import Measure
+from lowrank_fx.losses import LossFn, measure_note, measure_of
 from lowrank_fx.module import LowRankModule, build, check_refine
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.program import Program
@@ -56,6 +60,7 @@ def optimize(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     refine: Refine | None = None,
+    loss_fn: LossFn | Literal["kl"] | None = None,
     progress: bool = True,
 ) -> LowRankModule:
     """Make a trained model smaller and faster by factoring its linear and convolution layers.
@@ -84,6 +89,10 @@ def optimize(
         checkpoint: a folder that keeps the state of calibration, see :func:`calibrate`, and of refinement.
         refine: after the plan is made, let factors, biases and norms learn from the original on the calibration
             batches, without labels: ``Refine()``, or ``Refine(steps=..., lr=...)``.
+        loss_fn: what errors are measured by, in the place of the L2 distance of outputs: effects, candidates,
+            corrections, and the error that is reported. A differentiable function of (what the model returns, the
+            loader's batch) that gives the mean loss of the batch's rows; or ``"kl"``, for logits without labels. See
+            :mod:`lowrank_fx.losses` for what is made of it; errors stay relative to those of outputs of zero.
         progress: show progress bars for work over two seconds.
 
     Returns:
@@ -99,6 +108,7 @@ def optimize(
     check_target(target)
     check_refine(refine, clone=copy)
     find_planner(planner)
+    measure = measure_of(loss_fn)
     for name in _check_names("forms", forms or ()):
         if name not in FORMS:
             raise OptionError(f"forms={list(forms or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
@@ -119,8 +129,16 @@ def optimize(
             program, table, calibration = _adopt(inner, calib_loader, capture, skip)
         else:
             program, table, calibration = _calibrate(
-                inner, calib_loader, **calibrating, capture=capture, skip=skip, shard=None, progress=progress
+                inner,
+                calib_loader,
+                **calibrating,
+                capture=capture,
+                skip=skip,
+                shard=None,
+                measure=measure,
+                progress=progress,
             )
+        calibration = calibration.judged(program, measure)
         gradients = output_gradients(program, table, calibration, progress=progress)
         curves = error_curves(program, table, calibration, forms, progress, gradients)
         session = Session(
@@ -131,7 +149,13 @@ def optimize(
             curves=curves,
             effects=measure_effects(program, curves, calibration, progress),
             planner=planner,
-            notes=(*remarks, *program.notes, *calibration.notes, *random_note(program, calibration.select_batches[0])),
+            notes=(
+                *remarks,
+                *measure_note(measure),
+                *program.notes,
+                *calibration.notes,
+                *random_note(program, calibration.select_batches[0]),
+            ),
             params=sum(parameter.numel() for parameter in inner.parameters()),
             progress=progress,
         )
@@ -151,6 +175,7 @@ def calibrate(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     shard: tuple[int, int] | None = None,
+    loss_fn: LossFn | Literal["kl"] | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Run the calibration batches through a model, and return what planning needs to know of them.
@@ -175,6 +200,7 @@ def calibrate(
             were seen are not run. A finished checkpoint is returned without running any.
         shard: ``(i, n)`` runs only the batches whose position in the loader leaves i when divided by n. Each shard
             reads the whole loader, so that all agree on what is held out. :meth:`Calibration.merge` puts them together.
+        loss_fn: the one that :func:`optimize` will be given. A function is not kept, but the batches that it needs are.
         progress: show a progress bar for work over two seconds.
 
     Raises:
@@ -197,6 +223,7 @@ def calibrate(
             seed=seed,
             checkpoint=checkpoint,
             shard=shard,
+            measure=measure_of(loss_fn),
             progress=progress,
         ).calibration
 
@@ -220,6 +247,7 @@ def _calibrate(
     seed: int,
     checkpoint: str | os.PathLike[str] | None,
     shard: tuple[int, int] | None,
+    measure: Measure | None,
     progress: bool,
 ) -> _Calibrated:
     """Capture a model with the loader's first batch, and calibrate it with all of them."""
@@ -228,8 +256,11 @@ def _calibrate(
     part = _check_shard(shard)
     signature = inspect.signature(model.forward)
 
+    keeps_batches = measure is not None and measure.needs_batch
+
     def bind(batch: Any, index: int) -> Call:
-        return bind_batch(batch, signature, forward_args, index)
+        call = bind_batch(batch, signature, forward_args, index)
+        return replace(call, batch=batch) if keeps_batches else call
 
     incoming = bound_calls(loader, bind)
     first = next(incoming, None)
@@ -238,10 +269,14 @@ def _calibrate(
             "the loader gave no batch; pass an iterable of batches that has not been read to its end"
         )
     pieces = assign_calls(itertools.chain([first], incoming), holdout)
-    example = first[1].to(device_of(model))
+    given = first[1].to(device_of(model))
+    example = replace(given, batch=None)
     rehearse(model, example)
     program = take(model, example, capture)
     table = program.find_sites(patterns)
+    if measure is not None:  # what cannot be measured fails before the loader is read
+        args, kwargs = program.bind(example.args, example.kwargs)
+        measure.judge(program, replace(given, args=args, kwargs=kwargs).map(torch.clone), "batch 0")
     state = blank(
         program,
         table,
@@ -252,6 +287,7 @@ def _calibrate(
         seed=seed,
         holdout=holdout,
         shard=part,
+        keeps_batches=keeps_batches,
     )
     keeper = None if checkpoint is None else Checkpoint(checkpoint)
     if keeper is not None:

@@ -17,7 +17,7 @@ from lowrank_fx.forms import DENSE, FORMS
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Target, target_from_json
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class SitePlan:
         effect: predicted relative error of the model's output if this site alone is factored.
         reason: why it stays dense; empty where it is factored.
         basis: what chose the directions that are kept: ``"activation"``, or the outputs' ``"gradient"`` besides.
+        pivots: the first of the inputs, next to each other, the pivots of a re-gauged pair; None for any other.
+        gathered: a re-gauged pair gathers its inputs, and ``pivots`` counts in the order that this gives.
     """
 
     name: str
@@ -54,6 +56,8 @@ class SitePlan:
     effect: float
     reason: str
     basis: str = "activation"
+    pivots: int | None = None
+    gathered: bool = False
 
     @property
     def factored(self) -> bool:
@@ -246,6 +250,13 @@ def _check_site(site: SitePlan) -> None:
         raise PlanError(f"site {site.name!r}: rank {site.rank!r} is not between 1 and {limit}")
     if not site.factored and site.rank is not None:
         raise PlanError(f"site {site.name!r}: it stays dense, yet has the rank {site.rank}")
+    if site.pivots is None:
+        if site.gathered:
+            raise PlanError(f"site {site.name!r}: its inputs are gathered, yet it has no pivots")
+        return
+    last = site.in_features - (site.rank or 0)
+    if site.form != "lowrank" or not 0 <= site.pivots <= last:
+        raise PlanError(f"site {site.name!r}: pivots at {site.pivots} are not those of a pair, between 0 and {last}")
 
 
 def _plain(value: Any) -> Any:

@@ -67,6 +67,10 @@ class Program(ABC):
         """Run the program; ``call`` stays as it is, even if the model writes to its inputs."""
 
     @abstractmethod
+    def returned(self, call: Call) -> Any:
+        """What the model itself returns, in its own classes; :meth:`run` gives the leaves of that."""
+
+    @abstractmethod
     def find_sites(self, skip: Sequence[str] = ()) -> SiteTable:
         """Every site and tap, and the weights that are left alone.
 

@@ -60,6 +60,7 @@ class Session:
         notes: what the user should know.
         params: number of parameters of the user's model.
         progress: whether work over two seconds shows a progress bar.
+        regauge: whether pairs are re-gauged where they can be, which the target says.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Session:
     notes: tuple[str, ...]
     params: int
     progress: bool = False
+    regauge: bool = False
     _problem: Problem | None = field(default=None, repr=False)
     _compiled: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -88,8 +90,10 @@ class Session:
         Raises:
             TargetError: the target cannot be reached; the message names the smallest reachable value.
         """
+        regauge = isinstance(target, Keep) and target.regauge
+        own = self if regauge == self.regauge else replace(self, regauge=regauge, _problem=None)
         with settled(self.program.device):
-            return self._plan(target)
+            return own._plan(target)
 
     def _plan(self, target: Target) -> tuple[Plan, Made]:
         batches = self.calibration.select_batches
@@ -186,6 +190,8 @@ class Session:
                 error=0.0,
                 bound=0.0,
                 effect=0.0,
+                pivots=None,
+                gathered=False,
                 reason=reason if site.factored else site.reason,
             )
             for site in plan.sites
@@ -214,10 +220,15 @@ class Session:
             if effect is None:  # it left the race
                 continue
             plain = FORMS[split_variant(form)[0]]
-            for rank in curve.ranks:
+            regauged = self.regauge and plain.regauges(site)
+            for rank in (*curve.ranks, *curve.beyond) if regauged else curve.ranks:
                 error = curve.error(rank)
-                params = plain.params(site, rank)
-                flops = sum(plain.flops(site, rank, *call) for call in calls)
+                if regauged:
+                    params = cost.regauged_params(site.out_features, site.in_features, rank)
+                    flops = cost.regauged_flops(site.out_features, site.in_features, rank, rows)
+                else:
+                    params = plain.params(site, rank)
+                    flops = sum(plain.flops(site, rank, *call) for call in calls)
                 options.append(Option(form, rank, params, flops, error, effect.at(error)))
         return tuple(options)
 
@@ -288,6 +299,31 @@ class Session:
             best = self._better(best, made, f"{best.how}, norms".removeprefix(", "), tried)
         return replace(best, tried=tuple(tried))
 
+    def _regauged(self, pick: Pick, settled: Settled) -> Settled:
+        """The same with every pair re-gauged that can be, and its error then."""
+        if not self.regauge or not settled.made.factored:
+            return settled
+        forms = {name: FORMS[split_variant(form)[0]] for name, (form, _) in self.problem.factored(pick).items()}
+        factored = {
+            name: (site, factors.regauged() if forms[name].regauges(site) else factors)
+            for name, (site, factors) in settled.made.factored.items()
+        }
+        made = replace(settled.made, factored=factored)
+        return replace(settled, made=made, error=made.error(self.program, self.calibration.select_batches))
+
+    def _gauge_notes(self, factored: Chosen) -> tuple[str, ...]:
+        """What a user who asked for the re-gauge should know."""
+        gauges = [factors.gauge for _, factors in factored.values()]
+        plain, gathered = gauges.count(None), sum(each is not None and each.order is not None for each in gauges)
+        notes = []
+        if self.regauge and plain:
+            said = "only linear layers in float32 or float64 can be re-gauged"
+            notes.append(f"{plain} of {len(gauges)} factored layers stayed plain pairs: {said}")
+        if gathered:
+            said = "no r inputs next to each other serve as pivots without loss of precision, which costs some speed"
+            notes.append(f"{gathered} of {len(gauges)} re-gauged layers gather their inputs: {said}")
+        return tuple(notes)
+
     def _better(self, best: Settled, made: Made, how: str, tried: list[tuple[str, float]]) -> Settled:
         error = made.error(self.program, self.calibration.select_batches)
         tried.append((how, error))
@@ -313,7 +349,7 @@ class Session:
     ) -> tuple[Plan, Made]:
         if not math.isfinite(outcome.error):
             raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
-        settled = settled or self._settle(outcome.pick, outcome.error)
+        settled = self._regauged(outcome.pick, settled or self._settle(outcome.pick, outcome.error))
         made, factored = settled.made, settled.made.factored
         candidate, candidates = outcome.candidate, outcome.candidates
         candidates = (*candidates, *((f"{candidate}, {how}", error) for how, error in settled.tried))
@@ -322,9 +358,10 @@ class Session:
         sites = []
         for name, option in self.problem.chosen(outcome.pick).items():
             site = next(site for site in self.table.sites if site.name == name)
-            error, bound = 0.0, 0.0
+            error, bound, gauge = 0.0, 0.0, None
             if option.rank is not None:
                 error, bound = self.site_error(*factored[name])
+                gauge = factored[name][1].gauge
             dense = self.problem.options[name][0]
             sites.append(
                 SitePlan(
@@ -341,6 +378,8 @@ class Session:
                     bound=bound,
                     effect=option.effect,
                     reason="" if option.rank is not None else self._why_dense(site, target, quantity, met=met),
+                    pivots=None if gauge is None else gauge.start,
+                    gathered=gauge is not None and gauge.order is not None,
                 )
             )
         report_error = made.error(self.program, self.calibration.report_batches)
@@ -352,7 +391,7 @@ class Session:
             sites=tuple(sites),
             left_alone=self.table.left_alone,
             cleanup=self.program.cleanup,
-            notes=self.notes,
+            notes=(*self.notes, *self._gauge_notes(factored)),
             totals=self._totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
             select_error=settled.error,

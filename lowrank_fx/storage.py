@@ -24,6 +24,7 @@ from lowrank_fx.capture import capture, device_of
 from lowrank_fx.errors import LowRankError, PlanError, StorageError
 from lowrank_fx.fingerprint import BaseWeight, base_weights
 from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.gauge import Gauge
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan
@@ -252,7 +253,13 @@ def _empty_factors(program: Program, plan: Plan, site: Site) -> Factors:
     """Factors of the planned shape; their values come from the file."""
     entry = next(entry for entry in plan.factored if entry.name == site.name)
     assert entry.rank is not None
-    return FORMS[entry.form].blank(site, program.weight(site), entry.rank)
+    weight = program.weight(site)
+    factors = FORMS[entry.form].blank(site, weight, entry.rank)
+    if entry.pivots is None:
+        return factors
+    order = torch.arange(site.in_features, device=weight.device) if entry.gathered else None
+    columns = factors.factor_in[:, entry.rank :].contiguous()
+    return replace(factors, factor_in=columns, gauge=Gauge(entry.pivots, order))
 
 
 def _plain_name(name: str) -> str:

@@ -115,6 +115,10 @@ class TreeProgram(Program):
         """Run the model's own forward."""
         return _run(self.module, call)
 
+    def returned(self, call: Call) -> Any:
+        """Run the model's own forward."""
+        return _returned(self.module, call)
+
     def find_sites(self, skip: Sequence[str] = ()) -> SiteTable:
         """Sites by the class of the modules, in the order of the tree."""
         return find_sites(self.module, skip)
@@ -252,9 +256,13 @@ class TreeProgram(Program):
 
 
 def _run(module: nn.Module, call: Call) -> Outputs:
+    return flat(_returned(module, call))
+
+
+def _returned(module: nn.Module, call: Call) -> Any:
     call = call.map(torch.clone)
     with plain_attention():  # the fused kernel passes hooks by, and no one counts its FLOPs
-        return flat(module(*call.args, **call.kwargs))
+        return module(*call.args, **call.kwargs)
 
 
 def _called(tree: nn.Module, example: Call) -> dict[str, Parts]:

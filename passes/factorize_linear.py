@@ -30,7 +30,8 @@ class FactorizeLinear(Pass):
     Formula: ``factor_out @ factor_in`` stands for the weight; the bias moves by ``(W - factor_out @ factor_in) mean``.
     Every call of a shared weight is replaced by the same pair.
 
-    Left alone when the site has no factors, or its nodes are not in the graph.
+    Left alone when the site has no factors, its pair is re-gauged (:class:`FactorizeRegauged`), or its nodes are not in
+    the graph.
 
     Args:
         factored: the site and its factors, by site name.
@@ -38,6 +39,7 @@ class FactorizeLinear(Pass):
 
     name = "factorize-linear"
     kinds: tuple[str, ...] = ("linear",)
+    regauged = False
 
     def __init__(self, factored: Mapping[str, tuple[Site, Factors]]) -> None:
         self.factored = factored
@@ -48,7 +50,7 @@ class FactorizeLinear(Pass):
         changes: list[str] = []
         refusals: list[Refusal] = []
         for site, factors in self.factored.values():
-            if site.kind not in self.kinds:
+            if site.kind not in self.kinds or (factors.gauge is not None) != self.regauged:
                 continue
             missing = [call.node for call in site.calls if call.node not in nodes]
             if missing:
@@ -57,7 +59,7 @@ class FactorizeLinear(Pass):
             if not budget.take():
                 refusals.append(budget.refusal(site.name))
                 continue
-            names = register_factors(gm, site, factors)
+            names = self.register(gm, site, factors)
             for call in site.calls:
                 node = nodes[call.node]
                 last = self.chain(gm, node, names)
@@ -66,8 +68,13 @@ class FactorizeLinear(Pass):
                 last.name = call.node
             shape = f"{site.out_features} x {site.in_features}"
             each = f" in each of {site.groups} groups" if site.groups > 1 else ""
-            changes.append(f"{site.name} {shape} factored at rank {factors.rank}{each}")
+            how = ", re-gauged" if self.regauged else ""
+            changes.append(f"{site.name} {shape} factored at rank {factors.rank}{each}{how}")
         return PassResult(tuple(changes), tuple(refusals))
+
+    def register(self, gm: GraphModule, site: Site, factors: Factors) -> tuple[str, ...]:
+        """Register what a site's new calls read; the factors' names in the order of application."""
+        return register_factors(gm, site, factors)
 
     def chain(self, gm: GraphModule, node: Node, names: Sequence[str]) -> Node:
         """Build the factors' calls in front of ``node``; the last node of them."""

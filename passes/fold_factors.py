@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,11 +16,16 @@ from lowrank_fx.forms.geometry import joined, owners
 from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
 from lowrank_fx.passes.edit import call_node, free_name, get_parameter, parameter_node, set_parameter, users_of_attr
 from lowrank_fx.passes.factorize_conv import geometry_call, geometry_of
+from lowrank_fx.passes.factorize_regauged import RegaugedCall, read_calls
 from lowrank_fx.sites import Site
 
 aten = torch.ops.aten
 
 _LEAVES = ("factor_in", "factor_mid", "factor_out")
+
+_APART = "its factors are not applied one right after the other"
+
+_Dense: TypeAlias = tuple[OpOverload, tuple[Argument, ...], dict[str, Argument]]
 
 
 class FoldFactors(Pass):
@@ -36,6 +42,8 @@ class FoldFactors(Pass):
 
         %linear = linear(%x, %weight, %bias)            # or addmm, matmul where the weight is stored [in, out],
                                                         # or conv2d(%x, %weight, %bias, stride, padding, dilation, g)
+
+    Re-gauged pairs (:class:`~lowrank_fx.passes.factorize_regauged.FactorizeRegauged`) likewise.
 
     Formula: ``weight = factor_out @ factor_in`` within each group, multiplied in float64 and rounded once to the
     factors' dtype. Of convolutions it is their kernels' composition; with two or three kernels that span different
@@ -63,27 +71,52 @@ class FoldFactors(Pass):
             if not {site.attribute("factor_in"), site.attribute("factor_out")} <= set(names):
                 refusals.append(Refusal(site.name, "the graph has no pair of this name"))
                 continue
-            chains = [[node] for node in users_of_attr(gm, names[0])]
-            refusal = next(filter(None, (_extend(gm, chains, name) for name in names[1:])), None)
+            regauged, refusal = None, None
+            if site.kind == "linear" and get_parameter(gm, names[0]).shape[1] < site.in_features:
+                regauged = read_calls(gm, site)
+                chains = [[call.last] for call in regauged or ()]
+                refusal = _APART if regauged is None else None
+            else:
+                chains = [[node] for node in users_of_attr(gm, names[0])]
+                refusal = next(filter(None, (_extend(gm, chains, name) for name in names[1:])), None)
             if refusal is not None:
                 refusals.append(Refusal(site.name, refusal))
                 continue
             if not budget.take():
                 refusals.append(budget.refusal(site.name))
                 continue
-            self._fold(gm, site, names, chains)
+            self._fold(gm, site, names, chains, regauged)
             changes.append(f"{site.name} folded to {site.out_features} x {site.in_features}")
         return PassResult(tuple(changes), tuple(refusals))
 
-    def _fold(self, gm: GraphModule, site: Site, names: Sequence[str], chains: Sequence[Sequence[Node]]) -> None:
+    def _fold(
+        self,
+        gm: GraphModule,
+        site: Site,
+        names: Sequence[str],
+        chains: Sequence[Sequence[Node]],
+        regauged: Sequence[RegaugedCall] | None,
+    ) -> None:
         tensors = [get_parameter(gm, name).detach() for name in names]
         mid = tensors[1] if len(tensors) == 3 else None
-        factors = Factors(tensors[0], tensors[-1], None, site.groups, stacked=site.kind == "bmm", factor_mid=mid)
+        factors = Factors(
+            tensors[0],
+            tensors[-1],
+            None,
+            site.groups,
+            stacked=site.kind == "bmm",
+            factor_mid=mid,
+            gauge=regauged[0].gauge if regauged else None,
+        )
         weight, trainable = free_name(gm, site.weight), get_parameter(gm, names[0]).requires_grad
         set_parameter(gm, weight, site.unmatrix(factors.dense_matrix()).to(tensors[0].dtype), trainable)
-        for chain in chains:
+        for number, chain in enumerate(chains):
             outer = chain[-1]
-            operator, arguments, options = _dense_call(gm, site, parameter_node(gm, weight, outer), chain, tensors)
+            dense = parameter_node(gm, weight, outer)
+            if regauged:
+                operator, arguments, options = _linear_call(gm, site, dense, *regauged[number].operands, outer)
+            else:
+                operator, arguments, options = _dense_call(gm, site, dense, chain, tensors)
             folded = call_node(gm, operator, arguments, options, like=outer, before=outer)
             name = outer.name
             outer.replace_all_uses_with(folded)
@@ -98,27 +131,19 @@ def _extend(gm: GraphModule, chains: Sequence[list[Node]], name: str) -> str | N
     if shared:
         return f"the middle value {shared[0]!r} has another user"
     if {next(iter(chain[-1].users)) for chain in chains} != set(users_of_attr(gm, name)):
-        return "its factors are not applied one right after the other"
+        return _APART
     for chain in chains:
         chain.append(next(iter(chain[-1].users)))
     return None
 
 
-def _dense_call(
-    gm: GraphModule, site: Site, weight: Node, chain: Sequence[Node], factors: Sequence[Tensor]
-) -> tuple[OpOverload, tuple[Argument, ...], dict[str, Argument]]:
+def _dense_call(gm: GraphModule, site: Site, weight: Node, chain: Sequence[Node], factors: Sequence[Tensor]) -> _Dense:
     inner, outer = chain[0], chain[-1]
     activation = inner.args[0]
+    assert isinstance(activation, Node)
     bias = outer.args[2] if len(outer.args) > 2 else None
-    if site.kind == "linear" and site.transposed:
-        # The weight keeps its own layout, [in, out], so that its values fit the model it came from.
-        if bias is None:
-            return aten.matmul.default, (activation, weight), {}
-        assert isinstance(activation, Node)
-        if activation.meta["val"].dim() == 2:
-            return aten.addmm.default, (bias, activation, weight), {}
-        turned = call_node(gm, aten.t.default, (weight,), like=outer, before=outer)
-        return aten.linear.default, (activation, turned, bias), {}
+    if site.kind == "linear":
+        return _linear_call(gm, site, weight, activation, bias, outer)
     assert isinstance(inner.target, OpOverload)
     if site.patch is not None and any(owners(factors)):
         geometries, groups = zip(*map(geometry_of, chain, factors), strict=True)
@@ -130,3 +155,15 @@ def _dense_call(
     if bias is None and not geometry:
         return operator, (activation, weight), options
     return operator, (activation, weight, bias, *geometry), options
+
+
+def _linear_call(gm: GraphModule, site: Site, weight: Node, activation: Node, bias: Argument, like: Node) -> _Dense:
+    if not site.transposed:
+        return aten.linear.default, (activation, weight) if bias is None else (activation, weight, bias), {}
+    # The weight keeps its own layout, [in, out], so that its values fit the model it came from.
+    if bias is None:
+        return aten.matmul.default, (activation, weight), {}
+    if activation.meta["val"].dim() == 2:
+        return aten.addmm.default, (bias, activation, weight), {}
+    turned = call_node(gm, aten.t.default, (weight,), like=like, before=like)
+    return aten.linear.default, (activation, turned, bias), {}

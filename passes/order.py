@@ -14,6 +14,7 @@ from lowrank_fx.passes.base import Pass
 from lowrank_fx.passes.factorize_bmm import FactorizeBmm
 from lowrank_fx.passes.factorize_conv import FactorizeConv
 from lowrank_fx.passes.factorize_linear import FactorizeLinear
+from lowrank_fx.passes.factorize_regauged import FactorizeRegauged
 from lowrank_fx.passes.fold_batchnorm import FoldBatchNorm
 from lowrank_fx.passes.fold_constants import FoldConstants
 from lowrank_fx.passes.fold_factors import FoldFactors
@@ -40,7 +41,7 @@ def observation(taps: Mapping[str, Tap], observers: Mapping[str, nn.Module]) -> 
 
 def rewriting(factored: Mapping[str, tuple[Site, Factors]]) -> tuple[Pass, ...]:
     """What puts factored pairs in place; they touch different nodes, so their order is free."""
-    return (FactorizeLinear(factored), FactorizeConv(factored), FactorizeBmm(factored))
+    return (FactorizeLinear(factored), FactorizeRegauged(factored), FactorizeConv(factored), FactorizeBmm(factored))
 
 
 def folding(sites: Mapping[str, Site]) -> tuple[Pass, ...]:

@@ -28,7 +28,7 @@ def accuracy(model: nn.Module) -> float:
 SHARES = st.floats(0, 1, exclude_min=True)
 TARGETS: st.SearchStrategy[Target] = st.one_of(
     st.builds(Tolerance, st.floats(0, 1e300, exclude_min=True)),
-    st.builds(Keep, params=SHARES, of=st.sampled_from(["model", "sites"])),
+    st.builds(Keep, params=SHARES, of=st.sampled_from(["model", "sites"]), regauge=st.booleans()),
     st.builds(Keep, flops=SHARES, of=st.sampled_from(["model", "sites"])),
     st.builds(Metric, st.just(accuracy), st.floats(0, 1e300), of=st.sampled_from(["flops", "params"]),
               evaluations=st.integers(2, 99), higher_is_better=st.booleans()),
@@ -49,6 +49,7 @@ def test_how_targets_read() -> None:
     assert str(Tolerance()) == "Tolerance(0.1)"
     assert str(Keep(flops=0.6)) == "Keep(flops=0.6)"
     assert str(Keep(params=0.5, of="sites")) == 'Keep(params=0.5, of="sites")'
+    assert str(Keep(params=0.5, regauge=True)) == "Keep(params=0.5, regauge=True)"
     assert (Keep(params=0.5).quantity, Keep(params=0.5).share) == ("params", 0.5)
     assert (Keep(flops=1).quantity, Keep(flops=1).share) == ("flops", 1)
     assert str(Metric(accuracy, 0.01)) == "Metric(accuracy, max_drop=0.01)"
@@ -175,8 +176,8 @@ MALFORMED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Tolerance("0.1"), f"Tolerance('0.1'): {ERROR}"),  # type: ignore[arg-type]
     (lambda: Tolerance(True), f"Tolerance(True): {ERROR}"),
     (lambda: Tolerance(None), f"Tolerance(None): {ERROR}"),  # type: ignore[arg-type]
-    (lambda: Keep(), f"Keep(params=None, flops=None, of='model'): {NONE_OF_BOTH}"),
-    (lambda: Keep(params=0.5, flops=0.5), f"Keep(params=0.5, flops=0.5, of='model'): {NONE_OF_BOTH}"),
+    (lambda: Keep(), f"Keep(params=None, flops=None, of='model', regauge=False): {NONE_OF_BOTH}"),
+    (lambda: Keep(params=0.5, flops=0.5), f"Keep(params=0.5, flops=0.5, of='model', regauge=False): {NONE_OF_BOTH}"),
     (lambda: Keep(params=0), f"Keep(params=0): {SHARE}"),
     (lambda: Keep(params=1.01), f"Keep(params=1.01): {SHARE}"),
     (lambda: Keep(flops=-0.5), f"Keep(flops=-0.5): {SHARE}"),
@@ -216,12 +217,15 @@ def test_malformed_targets_say_what_was_given_and_what_is_legal(make: Callable[[
     [
         None, 3, "tolerance", [], {}, {"type": "tolerance"}, {"type": "tolerance", "error": "x"},
         {"type": "tolerance", "error": -1}, {"type": "latency", "error": 1}, {"type": "keep"}, {"type": ["keep"]},
-        {"type": "keep", "quantity": "of", "share": 0.5, "of": "model"},
-        {"type": "keep", "quantity": ["params"], "share": 0.5, "of": "model"},
-        {"type": "keep", "quantity": "params", "share": 2, "of": "model"},
-        {"type": "keep", "quantity": "params", "share": None, "of": "model"},
-        {"type": "keep", "quantity": "params", "share": 0.5, "of": ["model"]},
+        {"type": "keep", "quantity": "of", "share": 0.5, "of": "model", "regauge": False},
+        {"type": "keep", "quantity": ["params"], "share": 0.5, "of": "model", "regauge": False},
+        {"type": "keep", "quantity": "params", "share": 2, "of": "model", "regauge": False},
+        {"type": "keep", "quantity": "params", "share": None, "of": "model", "regauge": False},
+        {"type": "keep", "quantity": "params", "share": 0.5, "of": ["model"], "regauge": False},
         {"type": "keep", "quantity": "params", "share": 0.5},
+        {"type": "keep", "quantity": "params", "share": 0.5, "of": "model"},
+        {"type": "keep", "quantity": "params", "share": 0.5, "of": "model", "regauge": 1},
+        {"type": "keep", "quantity": "flops", "share": 0.5, "of": "model", "regauge": True},
         {"type": "metric"}, {"type": "metric", "fn": "a.b", "max_drop": 0.1, "of": "flops", "evaluations": 12},
         *({**Metric(accuracy, 0.1).to_json(), **wrong} for wrong in
           ({"fn": None}, {"fn": 3}, {"max_drop": "x"}, {"of": ["flops"]}, {"evaluations": None})),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx import cost
+from lowrank_fx.gauge import LARGEST, Gauge, regauge
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
@@ -36,7 +37,8 @@ class ErrorCurve:
             a form improves its factors by alternation, :meth:`Form.factor` reaches less.
         energy: the squared norm of the layer's output on the sketched rows (about its mean where a bias takes that up).
         basis: what :meth:`Form.factor` starts from, by falling worth: for ``lowrank`` and ``channel`` the output
-            directions ``[out_features, max(ranks)]``, for the others a first factor of each group's largest rank.
+            directions ``[out_features, largest]``, for the others a first factor of each group's largest rank.
+        beyond: the ranks from break-even on, ascending, that are on offer to a re-gauged pair alone.
         made: factors that were expensive to find, by rank.
         work: what :meth:`Form.start` keeps from one rank to the next; :meth:`rest` lets go of it.
     """
@@ -45,8 +47,14 @@ class ErrorCurve:
     tail: tuple[float, ...] = field(repr=False)
     energy: float
     basis: Tensor = field(repr=False)
+    beyond: tuple[int, ...] = field(default=(), repr=False)
     made: dict[int, Factors] = field(default_factory=dict, repr=False, compare=False)
     work: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def largest(self) -> int:
+        """The largest rank on offer to any pair."""
+        return (*self.ranks, *self.beyond)[-1]
 
     def rest(self) -> None:
         """Let go of what was kept for the next rank."""
@@ -71,6 +79,7 @@ class Factors:
         stacked: one matrix per group along the first dimension, in before out, as ``"bmm"`` takes them.
         factor_mid: of a form with three factors, applied between the two: ``[groups * rank, rank of factor_in,
             *kernel]``.
+        gauge: the pivots of a pair that is re-gauged, whose ``factor_in`` is ``[rank, in - rank]``; None for any other.
 
     The kernels of a convolution's factors never both span a dimension; ``geometry.py`` says which of them strides.
     """
@@ -81,6 +90,7 @@ class Factors:
     groups: int = 1
     stacked: bool = False
     factor_mid: Tensor | None = None
+    gauge: Gauge | None = None
 
     @property
     def rank(self) -> int:
@@ -97,6 +107,8 @@ class Factors:
         """A pair as matrices, one below the other for several groups: ``[groups * rank, in]``, ``[out, rank]``."""
         if self.stacked:
             return self.factor_in.mT.flatten(0, 1), self.factor_out.mT.flatten(0, 1)
+        if self.gauge is not None:
+            return self.gauge.spread(self.factor_in), self.factor_out
         return self.factor_in.flatten(1), self.factor_out.flatten(1)
 
     def dense_matrix(self) -> Tensor:
@@ -106,6 +118,15 @@ class Factors:
             return torch.cat([out @ into for out, into in zip(second, first, strict=True)])
         kernels = [tensor.double() for tensor in self.tensors.values()]
         return composed(kernels, self.groups).flatten(1)
+
+    def regauged(self) -> Factors:
+        """The pair with ``rank^2`` numbers less that computes the same, in the same dtype; see ``gauge.py``.
+
+        Of a :meth:`Form.regauges` site only.
+        """
+        made = regauge(self.factor_in, self.factor_out, LARGEST[self.factor_in.dtype])
+        columns, second = (each.to(self.factor_in.dtype).contiguous() for each in (made.columns, made.second))
+        return replace(self, factor_in=columns, factor_out=second, gauge=made.gauge)
 
     def scaled(self, scale: Tensor, shift: Tensor | None) -> Factors:
         """The pair with every output multiplied by its entry of ``scale``, float64 ``[out]``, and another shift."""
@@ -123,6 +144,10 @@ class Form(ABC):
     def applies(self, site: Site) -> bool:
         """Whether this form can stand for ``site``."""
         return site.kind in self.kinds
+
+    def regauges(self, site: Site) -> bool:
+        """Whether the pairs of a site can be re-gauged."""
+        return False
 
     @abstractmethod
     def ranks(self, site: Site) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from lowrank_fx import cost
 from lowrank_fx.forms.base import ErrorCurve, Factors, Form, apply_blocks, rank_step, with_prior
+from lowrank_fx.gauge import LARGEST
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.linalg import output_spectrum
 from lowrank_fx.sites import Site
@@ -53,12 +54,11 @@ class OutputForm(Form):
             weight: its weight as stored in the model.
             sketch: of the rows that meet it; a sketch of l directions supports ranks up to l / 2.
         """
-        ranks = self.ranks(site)
-        if sketch.size is not None:
-            ranks = tuple(rank for rank in ranks if rank <= sketch.size // 2) or ranks[:1]
+        ranks, beyond = self.supported(site, sketch)
+        largest = (*ranks, *beyond)[-1]
         blocks = site.matrix(weight.detach()).chunk(site.groups)
         spectra = [
-            group_spectrum(block, part, site.centered, ranks[-1])
+            group_spectrum(block, part, site.centered, largest)
             for block, part in zip(blocks, sketch.parts, strict=True)
         ]
         longest = max(len(energies) for _, energies in spectra)
@@ -69,7 +69,22 @@ class OutputForm(Form):
             ranks=ranks,
             tail=tuple(tail.tolist()),
             energy=float(tail[0]),
-            basis=torch.cat([basis[:, : ranks[-1]] for basis, _ in spectra]).to(keep).contiguous(),
+            basis=torch.cat([basis[:, :largest] for basis, _ in spectra]).to(keep).contiguous(),
+            beyond=beyond,
+        )
+
+    def supported(self, site: Site, sketch: Sketch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ranks on offer that a sketch supports: those below break-even, and those for a re-gauged pair alone."""
+        ranks = self.ranks(site)
+        beyond: tuple[int, ...] = ()
+        if self.regauges(site):
+            beyond = cost.ranks_beyond(site.out_features, site.in_features, rank_step(site.dtype))
+        if sketch.size is None:
+            return ranks, beyond
+        most = sketch.size // 2
+        return (
+            tuple(rank for rank in ranks if rank <= most) or ranks[:1],
+            tuple(rank for rank in beyond if rank <= most),
         )
 
     def factor(self, site: Site, weight: Tensor, curve: ErrorCurve, rank: int, sketch: Sketch) -> Factors:
@@ -79,7 +94,7 @@ class OutputForm(Form):
             site: the site.
             weight: its weight as stored in the model.
             curve: from :meth:`curve`.
-            rank: one of ``curve.ranks``.
+            rank: one of ``curve.ranks`` or ``curve.beyond``.
             sketch: the one that :meth:`curve` took.
         """
         matrix = site.matrix(weight.detach()).double()
@@ -121,6 +136,10 @@ class LowRank(OutputForm):
 
     name = "lowrank"
     kinds = ("linear", "bmm")
+
+    def regauges(self, site: Site) -> bool:
+        """Those of linear layers in float32 and float64; fewer digits would not survive it."""
+        return site.kind == "linear" and site.groups == 1 and site.dtype in map(str, LARGEST)
 
     def shaped(self, site: Site, factor_in: Tensor, factor_out: Tensor) -> tuple[Tensor, Tensor]:
         """Matrices as they are; for ``"bmm"`` ``[groups, in, rank]`` and ``[groups, rank, out of a group]``."""
