@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import common
 from subjects import SUBJECTS, Aim, Measured, Subject
@@ -24,6 +24,7 @@ from torch import nn
 from lowrank_fx import Keep, LowRankModule, Refine, calibrate, optimize
 from lowrank_fx._render import number, percent
 from lowrank_fx.double_sided import split_variant
+from lowrank_fx.effects import measure_effects
 from lowrank_fx.planners.budget import by_effect
 from lowrank_fx.planners.energy import by_energy
 from lowrank_fx.planners.problem import Allocator, Problem
@@ -33,6 +34,9 @@ from lowrank_fx.session import Session
 from lowrank_fx.training_batches import flip_and_shift
 
 T = TypeVar("T")
+
+Variants: TypeAlias = Callable[[str, str], bool]
+"""Whether a variant takes part, by its form and basis."""
 
 BASIC = ("lowrank", "channel")
 """The forms that project a layer's output on its principal directions, without alternation."""
@@ -59,19 +63,31 @@ class Lead:
     """
 
     name: str
-    variants: Callable[[str, str], bool]
+    variants: Variants
     allocate: Allocator
     corrected: str = ""
 
 
+def _basic(form: str, basis: str) -> bool:
+    return form in BASIC and basis == "activation"
+
+
+def _activation(form: str, basis: str) -> bool:
+    return basis == "activation"
+
+
+def _any(form: str, basis: str) -> bool:
+    return True
+
+
 LEADS = (
-    Lead("output PCA, uniform", lambda form, basis: form in BASIC and basis == "activation", uniform),
-    Lead("allocated by energy", lambda form, basis: form in BASIC and basis == "activation", by_energy),
-    Lead("allocated by measured effects", lambda form, basis: form in BASIC and basis == "activation", by_effect),
-    Lead("+ all forms", lambda form, basis: basis == "activation", by_effect),
-    Lead("+ gradient basis", lambda form, basis: True, by_effect),
-    Lead("+ refitted", lambda form, basis: True, by_effect, "refitted"),
-    Lead("+ closed loop instead", lambda form, basis: True, by_effect, "closed loop"),
+    Lead("output PCA, uniform", _basic, uniform),
+    Lead("allocated by energy", _basic, by_energy),
+    Lead("allocated by measured effects", _basic, by_effect),
+    Lead("+ all forms", _activation, by_effect),
+    Lead("+ gradient basis", _any, by_effect),
+    Lead("+ refitted", _any, by_effect, "refitted"),
+    Lead("+ closed loop instead", _any, by_effect, "closed loop"),
 )
 
 
@@ -131,8 +147,11 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
     lines = common.paragraph(
         f"{subject.about} Calibration took {calibrated:.0f} s, effects and the first plan {planned:.0f} s."
     )
+    sessions = {_any: made.session}
+    for variants in (_basic, _activation):
+        sessions[variants] = _raced(made.session, variants)
     for aim in subject.aims:
-        rows = [*_rows(subject, aim, made.session)]
+        rows = [*_rows(subject, aim, sessions)]
         ways = {"optimize": made, "optimize, KL": judged} if subject.logits else {"optimize": made}
         for name, way in ways.items():
             plain, seconds = _timed(lambda way=way, aim=aim: way.replan(aim.target))  # type: ignore[misc]
@@ -151,24 +170,35 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
     return lines
 
 
-def _rows(subject: Subject, aim: Aim, session: Session) -> Iterator[tuple[str, ...]]:
+def _rows(subject: Subject, aim: Aim, sessions: Mapping[Variants, Session]) -> Iterator[tuple[str, ...]]:
     """A row per lead that changes anything."""
     before: object = None
     for lead in LEADS:
-        (model, factored), seconds = _timed(lambda lead=lead: _planned(session, lead, aim.target))  # type: ignore[misc]
+        own = sessions[lead.variants]
+        (model, factored), seconds = _timed(lambda lead=lead, own=own: _planned(own, lead, aim.target))  # type: ignore[misc]
         if factored == before:
             continue
         before = factored
         yield _row(lead.name, subject, model, None, None, seconds)
 
 
+def _raced(session: Session, variants: Variants) -> Session:
+    """The session as it would be with some variants only: what another one beat in a race may run again."""
+    curves = {
+        name: dataclasses.replace(
+            entry, forms={key: curve for key, curve in entry.forms.items() if variants(*split_variant(key))}
+        )
+        for name, entry in session.curves.items()
+    }
+    effects = measure_effects(session.program, curves, session.calibration)
+    return dataclasses.replace(session, curves=curves, effects=effects, _problem=None)
+
+
 def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, object]:
     """The model of a lead, and what tells it from another."""
-    effects = {key: curve for key, curve in session.effects.items() if lead.variants(*split_variant(key[1]))}
-    own = dataclasses.replace(session, effects=effects, _problem=None)
-    problem: Problem = own.problem
-    pick = lead.allocate(problem, target.quantity, own.budget(target))
-    factored = own.corrected(pick, lead.corrected)
+    problem: Problem = session.problem
+    pick = lead.allocate(problem, target.quantity, session.budget(target))
+    factored = session.corrected(pick, lead.corrected)
     model = ScoredModule(session.program.factorize(factored, clone=False))
     return model, (problem.factored(pick), lead.corrected)
 

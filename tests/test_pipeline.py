@@ -73,7 +73,8 @@ def parameters(module: nn.Module) -> int:
 def test_a_budget_is_met_and_never_exceeded(
     fast: LowRankModule, model: nn.Module, quantity: str, scope: Any, share: float
 ) -> None:
-    made = fast.replan(Keep(**{quantity: share}, of=scope))
+    asked: dict[str, Any] = {quantity: share}
+    made = fast.replan(Keep(**asked, of=scope))
     totals = made.plan.totals
     kept = totals.kept(quantity, scope)
     assert kept <= share
