@@ -198,7 +198,7 @@ def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, obj
     """The model of a lead, and what tells it from another."""
     problem: Problem = session.problem
     pick = lead.allocate(problem, target.quantity, session.budget(target))
-    factored = session.corrected(pick, lead.corrected)
+    factored = session.maker.corrected(problem.factored(pick), lead.corrected)
     model = ScoredModule(session.program.factorize(factored, clone=False))
     return model, (problem.factored(pick), lead.corrected)
 

@@ -82,7 +82,7 @@ def _measured_again(session: Session, plan: Plan, factored: Factored, program: P
     for entry in plan.sites:
         if entry.factored:
             site, factors = factored[entry.name]
-            error, bound = session.site_error(site, _stored(site, factors, state, before))
+            error, bound = session.maker.site_error(site, _stored(site, factors, state, before))
             entry = replace(entry, error=error, bound=bound)
         sites.append(entry)
     return replace(

@@ -11,22 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_fx import cost
-from lowrank_fx._ambient import seeded, settled
+from lowrank_fx._ambient import settled
 from lowrank_fx._progress import Progress
 from lowrank_fx.calibration import Calibration
-from lowrank_fx.closed_loop import Remake
 from lowrank_fx.compiling import compile_module
-from lowrank_fx.corrections import CORRECTIONS, Chosen, Made, Settled, with_norms
-from lowrank_fx.double_sided import ObliqueCurve, split_variant
+from lowrank_fx.corrections import Made, Settled
+from lowrank_fx.double_sided import split_variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, EffectCurve, SiteCurves, affordable, joint_error, measure_joint
 from lowrank_fx.errors import TargetError
-from lowrank_fx.forms import DENSE, FORMS, Factors, apply_blocks, dense_flops, dense_params, relative
-from lowrank_fx.forms.split import AlternatingForm
-from lowrank_fx.graph_program import GraphProgram
-from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.forms import DENSE, FORMS, dense_flops, dense_params
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
@@ -35,6 +31,7 @@ from lowrank_fx.planners.metric import within_drop
 from lowrank_fx.planners.problem import Allocator, Option, Pick, Problem
 from lowrank_fx.program import Program
 from lowrank_fx.scored import score
+from lowrank_fx.settle import Maker, gauge_notes
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import Keep, Metric, Quantity, Target, Tolerance
 
@@ -84,6 +81,11 @@ class Session:
             self._problem = Problem({site.name: self._options(site) for site in self.table.sites})
         return self._problem
 
+    @property
+    def maker(self) -> Maker:
+        """What makes factors of a choice."""
+        return Maker(self.program, self.table, self.calibration, self.curves, self.progress)
+
     def plan(self, target: Target) -> tuple[Plan, Made]:
         """The plan for ``target``, and what it puts into the program.
 
@@ -101,7 +103,9 @@ class Session:
 
         def evaluate(pick: Pick) -> float:
             if pick not in errors:
-                errors[pick] = joint_error(self.program, self.factors(pick, final=False), batches)
+                errors[pick] = joint_error(
+                    self.program, self.maker.factors(self.problem.factored(pick), final=False), batches
+                )
             return errors[pick]
 
         allocators = planner(self.planner)
@@ -149,7 +153,7 @@ class Session:
         with Progress("metric", target.evaluations, self.progress) as bar:
 
             def value_of(pick: Pick) -> float:
-                settled = self._settle(pick, evaluate(pick))
+                settled = self.maker.settled(self.problem.factored(pick), evaluate(pick))
                 kept = self._totals(pick).kept(target.of, "model")
                 plan = f"the plan that keeps {kept:.1%} of its {target.of}" if settled.made.factored else "the original"
                 # A metric may cast, move or train what it is given, so that must not be the user's own tensors.
@@ -264,92 +268,15 @@ class Session:
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
-    def corrected(self, pick: Pick, how: str) -> Chosen:
-        """The factors of a pick, corrected in one way.
-
-        Args:
-            pick: one option per site.
-            how: one of ``CORRECTIONS``, or empty for none.
-        """
-        factored = self.factors(pick)
-        if not how or not factored or not isinstance(self.program, GraphProgram):
-            return factored
-        with seeded(self.program.device):
-            remake = self._remake(pick)
-            return CORRECTIONS[how](self.program, self.table, self.calibration, factored, remake, self.progress)
-
-    def _settle(self, pick: Pick, error: float) -> Settled:
-        """The factors that a plan is made of: corrected in the way that gives the least error on the select half.
-
-        Args:
-            pick: one option per site.
-            error: its error on the select half as candidates are compared.
-        """
-        made = Made(self.factors(pick))
-        if not made.factored:
-            return Settled(made, error)
-        best = Settled(made, made.error(self.program, self.calibration.select_batches))
-        if not isinstance(self.program, GraphProgram):
-            return best  # a module tree runs as a whole, so nothing can be fitted between its layers
-        tried: list[tuple[str, float]] = []
-        for how in CORRECTIONS:
-            best = self._better(best, Made(self.corrected(pick, how)), how, tried)
-        made = with_norms(self.program, self.calibration, best.made)
-        if made.buffers:
-            best = self._better(best, made, f"{best.how}, norms".removeprefix(", "), tried)
-        return replace(best, tried=tuple(tried))
-
-    def _regauged(self, pick: Pick, settled: Settled) -> Settled:
-        """The same with every pair re-gauged that can be, and its error then."""
-        if not self.regauge or not settled.made.factored:
-            return settled
-        forms = {name: FORMS[split_variant(form)[0]] for name, (form, _) in self.problem.factored(pick).items()}
-        factored = {
-            name: (site, factors.regauged() if forms[name].regauges(site) else factors)
-            for name, (site, factors) in settled.made.factored.items()
-        }
-        made = replace(settled.made, factored=factored)
-        return replace(settled, made=made, error=made.error(self.program, self.calibration.select_batches))
-
-    def _gauge_notes(self, factored: Chosen) -> tuple[str, ...]:
-        """What a user who asked for the re-gauge should know."""
-        gauges = [factors.gauge for _, factors in factored.values()]
-        plain, gathered = gauges.count(None), sum(each is not None and each.order is not None for each in gauges)
-        notes = []
-        if self.regauge and plain:
-            said = "only linear layers in float32 or float64 can be re-gauged"
-            notes.append(f"{plain} of {len(gauges)} factored layers stayed plain pairs: {said}")
-        if gathered:
-            said = "no r inputs next to each other serve as pivots without loss of precision, which costs some speed"
-            notes.append(f"{gathered} of {len(gauges)} re-gauged layers gather their inputs: {said}")
-        return tuple(notes)
-
-    def _better(self, best: Settled, made: Made, how: str, tried: list[tuple[str, float]]) -> Settled:
-        error = made.error(self.program, self.calibration.select_batches)
-        tried.append((how, error))
-        return Settled(made, error, how) if error < best.error else best
-
-    def _remake(self, pick: Pick) -> Remake:
-        """Factors of other weights in the forms and ranks of a pick; a basis that gradients chose stays."""
-        planned = self.problem.factored(pick)
-
-        def remake(site: Site, weight: Tensor, sketch: Sketch) -> Factors:
-            form, rank = planned[site.name]
-            curve = self.curves[site.name].forms[form]
-            if isinstance(FORMS.get(form), AlternatingForm):  # the alternation finds its way from the planned start
-                curve = replace(curve, made={}, work={})
-            elif not isinstance(curve, ObliqueCurve):
-                curve = FORMS[form].curve(site, weight, sketch)
-            return SiteCurves(site, weight, sketch, {form: curve}).factors(form, rank)
-
-        return remake
-
     def _finish(
         self, target: Target, quantity: Quantity, outcome: Outcome, settled: Settled | None = None
     ) -> tuple[Plan, Made]:
         if not math.isfinite(outcome.error):
             raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
-        settled = self._regauged(outcome.pick, settled or self._settle(outcome.pick, outcome.error))
+        choice = self.problem.factored(outcome.pick)
+        settled = settled or self.maker.settled(choice, outcome.error)
+        if self.regauge:
+            settled = self.maker.regauged(choice, settled)
         made, factored = settled.made, settled.made.factored
         candidate, candidates = outcome.candidate, outcome.candidates
         candidates = (*candidates, *((f"{candidate}, {how}", error) for how, error in settled.tried))
@@ -360,7 +287,7 @@ class Session:
             site = next(site for site in self.table.sites if site.name == name)
             error, bound, gauge = 0.0, 0.0, None
             if option.rank is not None:
-                error, bound = self.site_error(*factored[name])
+                error, bound = self.maker.site_error(*factored[name])
                 gauge = factored[name][1].gauge
             dense = self.problem.options[name][0]
             sites.append(
@@ -391,7 +318,7 @@ class Session:
             sites=tuple(sites),
             left_alone=self.table.left_alone,
             cleanup=self.program.cleanup,
-            notes=(*self.notes, *self._gauge_notes(factored)),
+            notes=(*self.notes, *(gauge_notes(factored) if self.regauge else ())),
             totals=self._totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
             select_error=settled.error,
@@ -400,39 +327,6 @@ class Session:
             curve=self._trade_off(quantity),
         )
         return plan, made
-
-    def factors(self, pick: Pick, *, final: bool = True) -> Chosen:
-        """The factors of every site that a pick factors.
-
-        Args:
-            pick: one option per site.
-            final: as good as their forms make them; False for those whose errors are what the curves say, which is
-                what candidates are compared with.
-        """
-        made: Chosen = {}
-        for name, (form, rank) in self.problem.factored(pick).items():
-            curves = self.curves[name]
-            made[name] = curves.site, curves.factors(form, rank, final=final)
-            curves.rest()
-        return made
-
-    def site_error(self, site: Site, factors: Factors) -> tuple[float, float]:
-        """Relative error of the site's own output on the sketched rows, for the factors as stored, and its bound.
-
-        With Z = W - factor_out factor_in and the bias moved by s, the squared error is |Z (X - mean)^T|^2, which the
-        sketch certifies from below and above, plus n |Z mean - s|^2 (zero unless the factors were refitted).
-        """
-        sketch = self.calibration.sketch_of(self.table, site)
-        assert sketch is not None
-        matrix = site.matrix(self.curves[site.name].weight.detach()).double()
-        residual: Tensor = matrix - factors.dense_matrix()
-        least, most = sketch.certificate(residual, centered=site.centered)
-        offset = 0.0
-        if factors.shift is not None:
-            moved = apply_blocks(residual, sketch.mean, site.groups) - factors.shift
-            offset = sketch.rows * float(moved.square().sum())
-        energy = sketch.certificate(matrix, centered=site.centered)[0]
-        return relative(least + offset, energy), relative(most + offset, energy)
 
     def _why_dense(self, site: Site, target: Target, quantity: Quantity, *, met: bool) -> str:
         if self.calibration.sketch_of(self.table, site) is None:

@@ -40,7 +40,7 @@ HOUSE = (
     *("refit", "closed_loop", "norms", "corrections", "scored", "refine", "compiling"),
     *("planners.problem", "planners.budget", "planners.marginal", "planners.metric"),
     *("planners.energy", "planners.uniform", "planners"),
-    *("session", "refinement"),
+    *("settle", "session", "refinement"),
     *("storage", "_render", "report", "module", "pipeline", "testing"),
     *("comparison", "origin"),
     *("demo.show", "demo.encoder", "demo.digits", "demo"),

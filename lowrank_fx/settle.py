@@ -1,0 +1,164 @@
+"""From a choice of forms and ranks to the factors that a plan puts into a program.
+
+A choice is a variant and a rank per factored site. Its factors come from the sketches; corrections improve them and
+held-out rows say which; pairs are re-gauged last, where that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import Tensor
+
+from lowrank_fx._ambient import seeded
+from lowrank_fx.calibration import Calibration
+from lowrank_fx.closed_loop import Remake
+from lowrank_fx.corrections import CORRECTIONS, Chosen, Made, Settled, with_norms
+from lowrank_fx.double_sided import ObliqueCurve, split_variant
+from lowrank_fx.effects import SiteCurves
+from lowrank_fx.forms import FORMS, Factors, apply_blocks, relative
+from lowrank_fx.forms.split import AlternatingForm
+from lowrank_fx.graph_program import GraphProgram
+from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.program import Program
+from lowrank_fx.sites import Site, SiteTable
+
+Choice: TypeAlias = Mapping[str, tuple[str, int]]
+"""Variant and rank of every factored site, by site name."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes factors.
+
+    Attributes:
+        program: the captured model, clean.
+        table: its sites and taps.
+        calibration: sketches and cached batches.
+        curves: error curves by site name.
+        progress: whether work over two seconds shows a progress bar.
+    """
+
+    program: Program
+    table: SiteTable
+    calibration: Calibration
+    curves: Mapping[str, SiteCurves]
+    progress: bool
+
+    def factors(self, choice: Choice, *, final: bool = True) -> Chosen:
+        """The factors of every chosen site.
+
+        Args:
+            choice: variant and rank by site name.
+            final: as good as their forms make them; False for those whose errors are what the curves say, which is
+                what candidates are compared with.
+        """
+        made: Chosen = {}
+        for name, (form, rank) in choice.items():
+            curves = self.curves[name]
+            made[name] = curves.site, curves.factors(form, rank, final=final)
+            curves.rest()
+        return made
+
+    def corrected(self, choice: Choice, how: str) -> Chosen:
+        """The factors of a choice, corrected in one way.
+
+        Args:
+            choice: variant and rank by site name.
+            how: one of ``CORRECTIONS``, or empty for none.
+        """
+        factored = self.factors(choice)
+        if not how or not factored or not isinstance(self.program, GraphProgram):
+            return factored
+        with seeded(self.program.device):
+            remake = self._remake(choice)
+            return CORRECTIONS[how](self.program, self.table, self.calibration, factored, remake, self.progress)
+
+    def settled(self, choice: Choice, error: float) -> Settled:
+        """The factors that a plan is made of: corrected in the way that gives the least error on the select half.
+
+        Args:
+            choice: variant and rank by site name.
+            error: its error on the select half as candidates are compared.
+        """
+        made = Made(self.factors(choice))
+        if not made.factored:
+            return Settled(made, error)
+        best = Settled(made, self._error(made))
+        if not isinstance(self.program, GraphProgram):
+            return best  # a module tree runs as a whole, so nothing can be fitted between its layers
+        tried: list[tuple[str, float]] = []
+        for how in CORRECTIONS:
+            best = self._better(best, Made(self.corrected(choice, how)), how, tried)
+        made = with_norms(self.program, self.calibration, best.made)
+        if made.buffers:
+            best = self._better(best, made, f"{best.how}, norms".removeprefix(", "), tried)
+        return replace(best, tried=tuple(tried))
+
+    def regauged(self, choice: Choice, settled: Settled) -> Settled:
+        """The same with every pair re-gauged that can be, and its error then."""
+        if not settled.made.factored:
+            return settled
+        forms = {name: FORMS[split_variant(form)[0]] for name, (form, _) in choice.items()}
+        factored = {
+            name: (site, factors.regauged() if forms[name].regauges(site) else factors)
+            for name, (site, factors) in settled.made.factored.items()
+        }
+        made = replace(settled.made, factored=factored)
+        return replace(settled, made=made, error=self._error(made))
+
+    def site_error(self, site: Site, factors: Factors) -> tuple[float, float]:
+        """Relative error of the site's own output on the sketched rows, for the factors as stored, and its bound.
+
+        With Z = W - factor_out factor_in and the bias moved by s, the squared error is |Z (X - mean)^T|^2, which the
+        sketch certifies from below and above, plus n |Z mean - s|^2 (zero unless the factors were refitted).
+        """
+        sketch = self.calibration.sketch_of(self.table, site)
+        assert sketch is not None
+        matrix = site.matrix(self.curves[site.name].weight.detach()).double()
+        residual: Tensor = matrix - factors.dense_matrix()
+        least, most = sketch.certificate(residual, centered=site.centered)
+        offset = 0.0
+        if factors.shift is not None:
+            moved = apply_blocks(residual, sketch.mean, site.groups) - factors.shift
+            offset = sketch.rows * float(moved.square().sum())
+        energy = sketch.certificate(matrix, centered=site.centered)[0]
+        return relative(least + offset, energy), relative(most + offset, energy)
+
+    def _error(self, made: Made) -> float:
+        return made.error(self.program, self.calibration.select_batches)
+
+    def _better(self, best: Settled, made: Made, how: str, tried: list[tuple[str, float]]) -> Settled:
+        error = self._error(made)
+        tried.append((how, error))
+        return Settled(made, error, how) if error < best.error else best
+
+    def _remake(self, choice: Choice) -> Remake:
+        """Factors of other weights in the forms and ranks of a choice; a basis that gradients chose stays."""
+
+        def remake(site: Site, weight: Tensor, sketch: Sketch) -> Factors:
+            form, rank = choice[site.name]
+            curve = self.curves[site.name].forms[form]
+            if isinstance(FORMS.get(form), AlternatingForm):  # the alternation finds its way from the planned start
+                curve = replace(curve, made={}, work={})
+            elif not isinstance(curve, ObliqueCurve):
+                curve = FORMS[form].curve(site, weight, sketch)
+            return SiteCurves(site, weight, sketch, {form: curve}).factors(form, rank)
+
+        return remake
+
+
+def gauge_notes(factored: Chosen) -> tuple[str, ...]:
+    """What a user who asked for the re-gauge should know."""
+    gauges = [factors.gauge for _, factors in factored.values()]
+    plain, gathered = gauges.count(None), sum(each is not None and each.order is not None for each in gauges)
+    notes = []
+    if plain:
+        said = "only linear layers in float32 or float64 can be re-gauged"
+        notes.append(f"{plain} of {len(gauges)} factored layers stayed plain pairs: {said}")
+    if gathered:
+        said = "no r inputs next to each other serve as pivots without loss of precision, which costs some speed"
+        notes.append(f"{gathered} of {len(gauges)} re-gauged layers gather their inputs: {said}")
+    return tuple(notes)
