@@ -40,8 +40,9 @@ from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
 from lowrank_fx.corrections import CORRECTIONS, Made
+from lowrank_fx.curves import error_curves
 from lowrank_fx.demo import load_encoder
-from lowrank_fx.effects import error_curves, joint_error, measure_effects, measure_joint
+from lowrank_fx.effects import joint_error, measure_effects, measure_joint
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import paired_speedup

@@ -23,13 +23,10 @@ forks at each site, so that only the part behind the site runs again; a module t
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lowrank_fx._ambient import seeded
 from lowrank_fx._progress import Progress
@@ -37,13 +34,10 @@ from lowrank_fx.batches import Call
 from lowrank_fx.cache import CachedBatch
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import ErrorSum
-from lowrank_fx.double_sided import GRADIENT, ObliqueCurve, double_sided, oblique_factors, split_variant, variant
-from lowrank_fx.errors import PlanError
-from lowrank_fx.forms import FORMS, ErrorCurve, Factors, dense_params, forms_for
-from lowrank_fx.forms.output import OutputForm
-from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.curves import EffectCurve, SiteCurves, monotone
+from lowrank_fx.double_sided import split_variant
+from lowrank_fx.forms import FORMS, ErrorCurve, Factors, dense_params
 from lowrank_fx.program import Factored, Outputs, Program
-from lowrank_fx.sites import Site, SiteTable
 
 EFFECT_FLOPS = 2.0e12
 """Work allowed for measuring effects; it sets how many rows of the cached batches are used."""
@@ -62,115 +56,6 @@ EXPECTED_FORKS = 5
 """Measurements that a variant takes on average, for planning the work."""
 
 MIN_EFFECT_ROWS = 16
-
-
-@dataclass(frozen=True)
-class SiteCurves:
-    """A site with its weight, the sketch of its input, and an error curve per variant (a form, or form@basis)."""
-
-    site: Site
-    weight: Tensor
-    sketch: Sketch
-    forms: Mapping[str, ErrorCurve]
-
-    def factors(self, form: str, rank: int, *, final: bool = True) -> Factors:
-        """The factors at one rank of one variant.
-
-        Args:
-            form: the variant.
-            rank: the rank.
-            final: as good as the form makes them; False for those whose error is what the curve says.
-
-        Raises:
-            PlanError: the form or the rank is not on offer.
-        """
-        curve = self.forms.get(form)
-        if curve is None or not 1 <= rank <= curve.largest:
-            raise PlanError(f"{self.site.name}: form {form!r} at rank {rank} is not on offer")
-        plain = FORMS[split_variant(form)[0]]
-        if isinstance(curve, ObliqueCurve):
-            assert isinstance(plain, OutputForm)
-            return oblique_factors(plain, self.site, self.weight, curve, rank, self.sketch)
-        found = plain.factor if final else plain.start
-        return found(self.site, self.weight, curve, rank, self.sketch)
-
-    def rest(self) -> None:
-        """Let go of what was kept between ranks."""
-        for curve in self.forms.values():
-            curve.rest()
-
-    def error_at(self, form: str, params: int) -> float | None:
-        """The site's error at the largest rank of a variant that has at most ``params`` weights; None if none has."""
-        plain, curve = FORMS[split_variant(form)[0]], self.forms[form]
-        ranks = [rank for rank in curve.ranks if plain.params(self.site, rank) <= params]
-        return curve.error(ranks[-1]) if ranks else None
-
-
-@dataclass(frozen=True)
-class EffectCurve:
-    """Measured effects of one site and form, as (site error, model error) with errors ascending."""
-
-    points: tuple[tuple[float, float], ...]
-
-    def at(self, error: float) -> float:
-        """The effect where the site's own relative error is ``error``: log-log between points, never falling.
-
-        >>> round(EffectCurve(((0.1, 0.01), (0.4, 0.16))).at(0.2), 6)  # slope 2 in log-log
-        0.04
-        """
-        if error <= 0 or not self.points:
-            return self.points[0][1] if self.points and self.points[0][0] == 0 else 0.0
-        errors = [point[0] for point in self.points]
-        position = bisect.bisect_left(errors, error)
-        if position == len(errors):
-            return self.points[-1][1]
-        above = self.points[position]
-        if above[0] == error:
-            return above[1]
-        if position == 0:  # below the least measured error the effect shrinks in proportion
-            return above[1] * error / above[0]
-        below = self.points[position - 1]
-        if below[1] <= 0 or below[0] <= 0:
-            return float(above[1] * (error - below[0]) / (above[0] - below[0]))
-        share = math.log(error / below[0]) / math.log(above[0] / below[0])
-        return min(max(float(below[1] * (above[1] / below[1]) ** share), below[1]), above[1])
-
-
-def error_curves(
-    program: Program,
-    table: SiteTable,
-    calibration: Calibration,
-    forms: Sequence[str] | None = None,
-    progress: bool = True,
-    gradients: Mapping[str, Sketch] | None = None,
-) -> dict[str, SiteCurves]:
-    """The error curves of every site that calibration reached, by site name.
-
-    Args:
-        program: the captured model.
-        table: its sites and taps.
-        calibration: its sketches are used.
-        forms: those that may be used (default: all).
-        progress: show a progress bar.
-        gradients: at the sites' outputs, from :func:`~lowrank_fx.gradients.output_gradients`; where there are some, the
-            output forms come in their basis too.
-    """
-    found: dict[str, SiteCurves] = {}
-    with Progress("spectra", len(table.sites), progress) as bar:
-        for site in table.sites:
-            sketch = calibration.sketch_of(table, site)
-            weight = program.weight(site)
-            if sketch is not None:
-                offered = [form for form in forms_for(site, forms) if form.ranks(site)]
-                curves = {form.name: form.curve(site, weight, sketch) for form in offered}
-                own = (gradients or {}).get(site.name)
-                for form in offered:
-                    if own is not None and isinstance(form, OutputForm):
-                        curves[variant(form.name, GRADIENT)] = double_sided(form, site, weight, sketch, own)
-                if curves:
-                    found[site.name] = SiteCurves(site, weight, sketch, curves)
-            bar.advance(note=site.name)
-    return found
 
 
 def measure_effects(
@@ -262,7 +147,7 @@ class _Race:
     def curve(self, form: str) -> EffectCurve:
         """The effects that were measured of one variant."""
         errors = self.entry.forms[form]
-        return _monotone(
+        return monotone(
             [(errors.error(rank), total.relative) for (own, rank), total in self.sums.items() if own == form]
         )
 
@@ -303,7 +188,7 @@ class _Race:
             if middle == low:
                 continue
             errors = [self.entry.forms[form].error(ladder[place]) for place in (high, middle, low)]
-            ends = _monotone(
+            ends = monotone(
                 [(errors[0], self._effect(form, ladder[high])), (errors[2], self._effect(form, ladder[low]))]
             )
             expected, found = ends.at(errors[1]), self._effect(form, ladder[middle])
@@ -406,16 +291,3 @@ def affordable(program: Program, calibration: Calibration, forks: int, work: flo
         return list(batches)
     with torch.no_grad():
         return [batch.first(program, max(1, rows * batch.call.batch_size // total)) for batch in batches]
-
-
-def _monotone(points: list[tuple[float, float]]) -> EffectCurve:
-    """Points with ascending error, and effects that never fall; non-finite effects (an overflow) count as 1e9."""
-    made: list[tuple[float, float]] = []
-    largest = 0.0
-    for error, effect in sorted(points):
-        largest = max(largest, effect if math.isfinite(effect) else 1e9)
-        if made and made[-1][0] == error:
-            made[-1] = (error, largest)
-        else:
-            made.append((error, largest))
-    return EffectCurve(tuple(made))

@@ -22,7 +22,8 @@ from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import Checkpoint, run_calibration
 from lowrank_fx.capture import capture as capture_graph
 from lowrank_fx.capture import device_of, unwrap
-from lowrank_fx.effects import error_curves, measure_effects
+from lowrank_fx.curves import error_curves
+from lowrank_fx.effects import measure_effects
 from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
 from lowrank_fx.forms import FORMS
 from lowrank_fx.gradients import output_gradients

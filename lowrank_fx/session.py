@@ -19,8 +19,9 @@ from lowrank_fx._progress import Progress
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.corrections import Made, Settled
+from lowrank_fx.curves import EffectCurve, SiteCurves
 from lowrank_fx.double_sided import split_variant
-from lowrank_fx.effects import MIN_EFFECT_ROWS, EffectCurve, SiteCurves, affordable, joint_error, measure_joint
+from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_joint
 from lowrank_fx.errors import TargetError
 from lowrank_fx.forms import DENSE, FORMS, dense_flops, dense_params
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff

@@ -16,8 +16,8 @@ from lowrank_fx._ambient import seeded
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.closed_loop import Remake
 from lowrank_fx.corrections import CORRECTIONS, Chosen, Made, Settled, with_norms
+from lowrank_fx.curves import SiteCurves
 from lowrank_fx.double_sided import ObliqueCurve, split_variant
-from lowrank_fx.effects import SiteCurves
 from lowrank_fx.forms import FORMS, Factors, apply_blocks, relative
 from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.graph_program import GraphProgram

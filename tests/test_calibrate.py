@@ -17,7 +17,8 @@ from lowrank_fx.batches import Assigned, Call, Role
 from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
-from lowrank_fx.effects import error_curves, measure_effects
+from lowrank_fx.curves import error_curves
+from lowrank_fx.effects import measure_effects
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.graph_program import GraphProgram, count_flops
 from lowrank_fx.sites import Site, SiteTable

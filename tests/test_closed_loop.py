@@ -16,7 +16,8 @@ from lowrank_fx.calibration import blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
 from lowrank_fx.closed_loop import affordable, closed_loop, live_bytes
-from lowrank_fx.effects import SiteCurves, error_curves, joint_error
+from lowrank_fx.curves import SiteCurves, error_curves
+from lowrank_fx.effects import joint_error
 from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.graph_program import GraphProgram, substitutes
 from lowrank_fx.grouped_sketch import Sketch

@@ -19,7 +19,8 @@ from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
 from lowrank_fx.compare import ErrorSum
-from lowrank_fx.effects import EffectCurve, SiteCurves, error_curves, joint_error, measure_effects, measure_joint
+from lowrank_fx.curves import EffectCurve, SiteCurves, error_curves, monotone
+from lowrank_fx.effects import joint_error, measure_effects, measure_joint
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import ErrorCurve, Factors
 from lowrank_fx.gradients import output_gradients
@@ -235,7 +236,7 @@ measured_points = st.lists(st.tuples(positive, st.floats(0, 1e9)), min_size=1, m
 @settings(deadline=None)
 @given(measured_points, st.lists(st.floats(0, 2e6), min_size=2, max_size=12))
 def test_a_curve_never_falls(points: list[tuple[float, float]], errors: list[float]) -> None:
-    curve = room._monotone(points)
+    curve = monotone(points)
     read = [curve.at(error) for error in sorted([*errors, *(point[0] for point in points)])]
     # Powers are rounded, by up to 2^-53 times the logarithm of a ratio (at most 745): 1e-13.
     assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(read))
@@ -246,7 +247,7 @@ def test_a_curve_never_falls(points: list[tuple[float, float]], errors: list[flo
 @settings(deadline=None)
 @given(measured_points)
 def test_a_curve_is_exact_at_its_points(points: list[tuple[float, float]]) -> None:
-    curve = room._monotone(points)
+    curve = monotone(points)
     assert [curve.at(error) for error, _ in curve.points] == [effect for _, effect in curve.points]
     for error, effect in points:
         assert curve.at(error) >= effect
@@ -276,5 +277,5 @@ def test_effects_far_below_rounding_are_kept() -> None:
 
 
 def test_an_overflow_counts_as_a_very_large_effect() -> None:
-    curve = room._monotone([(0.2, math.nan), (0.1, 0.5), (0.3, math.inf)])
+    curve = monotone([(0.2, math.nan), (0.1, 0.5), (0.3, math.inf)])
     assert curve.points == ((0.1, 0.5), (0.2, 1e9), (0.3, 1e9))

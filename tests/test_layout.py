@@ -36,7 +36,7 @@ HOUSE = (
     *("rewrite", "walk", "program", "refine_loss", "judges", "kl", "losses", "fingerprint", "graph_program"),
     *("modules", "attention", "attention_parts", "tree_sites", "tree_program"),
     *("latency", "_bundle", "cache", "calibration", "batch_runs", "calibration_run"),
-    *("gradients", "double_sided", "effects"),
+    *("gradients", "double_sided", "curves", "effects"),
     *("refit", "closed_loop", "norms", "corrections", "scored", "refine", "compiling"),
     *("planners.problem", "planners.budget", "planners.marginal", "planners.metric"),
     *("planners.energy", "planners.uniform", "planners"),

@@ -14,7 +14,8 @@ from lowrank_fx.cache import CachedBatch
 from lowrank_fx.calibration import blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
-from lowrank_fx.effects import SiteCurves, error_curves, joint_error
+from lowrank_fx.curves import SiteCurves, error_curves
+from lowrank_fx.effects import joint_error
 from lowrank_fx.forms import Factors
 from lowrank_fx.graph_program import GraphProgram, substitutes
 from lowrank_fx.refit import refit
