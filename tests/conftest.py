@@ -7,11 +7,16 @@ import os
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 
 from lowrank_fx import latency
 
 # Set before any test imports lowrank_fx, and only where the caller did not choose: `LOWRANK_FX_CHECK=0 pytest` works.
 os.environ.setdefault("LOWRANK_FX_CHECK", "1")
+
+# How long an example takes is the machine's affair.
+settings.register_profile("lowrank_fx", deadline=None)
+settings.load_profile("lowrank_fx")
 
 # What a timing says is not tested, only that there is one.
 latency.MAX_SECONDS = 0.5
