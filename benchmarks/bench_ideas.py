@@ -1,9 +1,9 @@
-"""Ideas that were measured before they got, or did not get, a place in the product.
+"""Ideas that were measured to decide on their place in the product.
 
 *A shared first factor*: sites that read one activation (q, k and v; gate and up) are factored as one stacked matrix,
-r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). *Re-gauge*: of a pair A B of rank r
-the r^2 numbers are left out that a change of basis between its factors turns into an identity, B = B_P [I | C] up
-to the order of its columns. The page goes to results/ideas.md.
+r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). It did not get a place. *Re-gauge*
+(``gauge.py``): how fast a pair is without the r^2 numbers that change nothing; accuracy.md has what they buy. The page
+goes to results/ideas.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lowrank_fx.double_sided import OutputMetric
 from lowrank_fx.effects import joint_error
 from lowrank_fx.forms import Factors
 from lowrank_fx.forms.output import group_spectrum
+from lowrank_fx.gauge import regauge
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.pipeline import calibrate, take
@@ -47,13 +48,12 @@ def main() -> None:
         return
     lines = ["# Ideas and what they are worth", "", *common.machine(options.date), "", "## A shared first factor", ""]
     lines += common.paragraph(SHARED)
-    gauge = ["", "## The re-gauge", "", *common.paragraph(GAUGE)]
     with torch.no_grad():
         for subject in (SUBJECTS[name](data) for name in ("minilm", "lm")):
             bench = Bench(subject)
             lines += ["", f"**{subject.title}**", "", *shared_table(bench)]
-            gauge += ["", f"**{subject.title}**", "", *worth_table(bench)]
-        common.publish(options.out, "ideas.md", [*lines, *gauge, "", "**Speed against the pair**", "", *speed_table()])
+        lines += ["", "## The re-gauge", "", *common.paragraph(GAUGE), "", *speed_table()]
+        common.publish(options.out, "ideas.md", lines)
 
 
 SHARED = (
@@ -63,9 +63,8 @@ SHARED = (
 )
 
 GAUGE = (
-    "*Error*: every linear layer at the same share of its weights, held out, where the budget counts the r (m + n) "
-    "numbers of a pair and where it counts the r (m + n - r) of a re-gauged one, which buy a higher rank. *Speed* is "
-    "against the pair of the same rank, half of break-even; *leading*: the first r columns serve as they lie."
+    "The speed of a re-gauged pair against the pair of the same rank, half of break-even. *Window*: its pivots lie "
+    "next to each other, as they nearly always can; *gathered*: they do not, so the inputs are gathered first."
 )
 
 
@@ -184,42 +183,18 @@ def shared_table(bench: Bench) -> list[str]:
 # ---- the re-gauge ----------------------------------------------------------------------------------------------------
 
 
-def regauged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P and Q, by QR with column pivoting of ``first`` ``[r, n]``; C; and ``second`` times B_P."""
-    left, taken = first.clone(), torch.zeros(first.shape[1], dtype=torch.bool)
-    for _ in range(first.shape[0]):
-        place = int(left.square().sum(0).masked_fill(taken, -1.0).argmax())
-        direction = left[:, place] / left[:, place].norm()
-        left -= torch.outer(direction, direction @ left)
-        taken[place] = True
-    solved = torch.linalg.solve(first[:, taken], first[:, ~taken])
-    return taken.nonzero()[:, 0], (~taken).nonzero()[:, 0], solved, second @ first[:, taken]
-
-
-def worth_table(bench: Bench) -> list[str]:
-    """Every linear layer at the same share, by how the budget is counted."""
-    rows = []
-    for share in SHARES:
-        cells = []
-        for gauged in (False, True):
-            made: Factored = {}
-            for site in (site for sites in bench.taps.values() for site in sites):
-                both, product = site.in_features + site.out_features, site.in_features * site.out_features
-                rank = (both - math.sqrt(both**2 - 4 * share * product)) / 2 if gauged else share * product / both
-                made = {**made, **bench.factors([site], int(rank))}
-            cells.append(number(bench.error(made)))
-        rows.append((percent(share), *cells))
-    return common.table(("kept", "error, r (m + n)", "error, r (m + n - r)"), rows)
-
-
 def versions(first: Tensor, second: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """The pair and its re-gauged versions."""
-    kept, rest, solved, into = regauged(first, second)
-    rank, columns = first.shape[0], solved.T.contiguous()
+
+    def apart(largest: float) -> Callable[[Tensor], Tensor]:
+        made = regauge(first, second, largest)
+        columns, into = made.columns.to(first.dtype), made.second.to(first.dtype)
+        return lambda x: made.gauge.apply(x, columns, into, None)
+
     return {
         "pair": lambda x: F.linear(F.linear(x, first), second),
-        "gathered": lambda x: F.linear(torch.addmm(x.index_select(1, kept), x.index_select(1, rest), columns), into),
-        "leading": lambda x: F.linear(torch.addmm(x[:, :rank], x[:, rank:], columns), into),
+        "window": apart(math.inf),
+        "gathered": apart(0.0),
     }
 
 
@@ -241,7 +216,7 @@ def speed_table() -> list[str]:
                     cells.append(f"{timing.speedup:.2f}x")
                 layer, how = f"{width} -> {height}, rank {rank}", "compiled" if compiled else "eager"
                 rows.append((layer, percent(rank / (width + height)), how, name, *cells))
-    header = ("layer", "numbers saved", "kind", "version", *(f"{count} rows" for count in ROWS))
+    header = ("layer", "numbers saved", "how", "version", *(f"{count} rows" for count in ROWS))
     return common.table(header, rows, left=1)
 
 
