@@ -190,6 +190,10 @@ def optimize(
             rich_help_panel="Target (at most one)",
         ),
     ] = False,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="kl|MODULE:FUNCTION", help="What errors are measured by, instead of the L2 distance."),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
@@ -212,7 +216,7 @@ def optimize(
     Example:  [bold]lowrank-fx optimize zoo:make_model --data zoo:make_loader --keep-flops 0.6 --out out/[/bold]
     """
     from lowrank_fx import pipeline
-    from lowrank_fx.origin import Origin, named_batches, named_model, write_origin
+    from lowrank_fx.origin import Origin, named_batches, named_model, resolve, write_origin
 
     target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop, regauge=regauge)
     made = pipeline.optimize(
@@ -222,6 +226,7 @@ def optimize(
         skip=skip or (),
         capture=capture.value,
         seed=seed,
+        loss_fn="kl" if loss == "kl" else resolve(loss, "--loss") if loss is not None else None,
         compile=compile,
         progress=not no_progress,
     )

@@ -49,6 +49,9 @@ def likeness(optimized):
 
 def broken(optimized):
     return "good"
+
+def loss(outputs, batch):
+    return outputs.square().mean()
 """
 
 
@@ -345,6 +348,19 @@ def test_a_metric_is_a_function_of_a_module(
     assert f"evaluated {plan.metric.evaluations} times of at most 12" in " ".join(said.split())
     assert main(["report", "out"]) == 0
     assert capsys.readouterr().out == said
+
+
+def test_a_loss_is_kl_or_a_function_of_a_module(zoo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from lowrank_fx.storage import read_plan
+
+    arguments = f"optimize {zoo}:model --data {zoo}:batches --keep-flops 0.7 --no-compile --no-progress --out out"
+    for loss, name in (("kl", "the Kullback-Leibler divergence"), (f"{zoo}:loss", "the loss 'loss'")):
+        assert main([*arguments.split(), "--loss", loss]) == 0
+        assert name in " ".join(capsys.readouterr().out.split())
+        plan, _ = read_plan("out")
+        assert any(name in note for note in plan.notes)
+    assert main([*arguments.split(), "--loss", "entropy"]) == 2
+    assert "--loss 'entropy'" in capsys.readouterr().err
 
 
 def test_the_way_of_capture_is_passed_on(
