@@ -137,6 +137,7 @@ def little_measured() -> Iterator[None]:
         for place in (effects, session):
             stack.enter_context(patch.object(place, "MIN_EFFECT_ROWS", 2))
         stack.enter_context(patch.object(closed_loop, "ROWS", 1))
+        stack.enter_context(patch.object(closed_loop, "MAX_WIDTH", 600))
         yield
 
 
