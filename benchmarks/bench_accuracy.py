@@ -43,7 +43,7 @@ BASIC = ("lowrank", "channel")
 
 REFINE = {
     "minilm": Refine(steps=600),
-    "resnet20": Refine(steps=1000, lr=0.01, batch=128, augment=flip_and_shift),
+    "resnet20": Refine(steps=500, lr=0.01, batch=128, augment=flip_and_shift),
     "resnet56": Refine(steps=400, lr=0.01, batch=128, augment=flip_and_shift),
     "vit": Refine(steps=400, batch=128, augment=flip_and_shift),
     "lm": Refine(steps=400),
@@ -152,17 +152,16 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
         sessions[variants] = _raced(made.session, variants)
     for aim in subject.aims:
         rows = [*_rows(subject, aim, sessions)]
-        ways = {"optimize": made, "optimize, KL": judged} if subject.logits else {"optimize": made}
         for name, way in ways.items():
             plain, seconds = _timed(lambda way=way, aim=aim: way.replan(aim.target))  # type: ignore[misc]
-            asked = aim.plain if way is judged else None
+            asked = aim.plain if way is usual else None
             rows.append(_row(f"{name} ({plain.plan.candidate})", subject, plain, asked, plain, seconds))
         if regauged := aim.regauged:
             plain, seconds = _timed(lambda aim=regauged: made.replan(aim))  # type: ignore[misc]
             rows.append(_row(f"optimize, re-gauged ({plain.plan.candidate})", subject, plain, None, plain, seconds))
         if refine is not None:
             own = dataclasses.replace(refine, steps=aim.steps or refine.steps)
-            done, seconds = _timed(lambda aim=aim, own=own: judged.replan(aim.target, refine=own))  # type: ignore[misc]
+            done, seconds = _timed(lambda aim=aim, own=own: usual.replan(aim.target, refine=own))  # type: ignore[misc]
             kept = done.plan.refinement
             said = "" if kept is None else f" ({kept.best_step} of {own.steps} steps kept)"
             rows.append(_row(f"refined{said}", subject, done, aim.refined, done, seconds))

@@ -69,6 +69,7 @@ class Subject:
         rising: whether a higher figure is better.
         extra: headers of :attr:`Measured.extra`.
         logits: whether it gives logits, so that errors can be measured by their KL divergence too.
+        language: whether it is a language model, for which that is the measure to use.
         aims: the targets.
     """
 
@@ -82,6 +83,7 @@ class Subject:
     aims: tuple[Aim, ...]
     extra: tuple[str, ...] = ()
     logits: bool = False
+    language: bool = False
 
 
 # ---- the sentence encoder --------------------------------------------------------------------------------------------
@@ -271,6 +273,7 @@ def language_model(data: Path) -> Subject:
         rising=False,
         aims=tuple(Aim(Keep(params=share, of="sites"), None, None) for share in (0.8, 0.6)),
         logits=True,
+        language=True,
     )
 
 
