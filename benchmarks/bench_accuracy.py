@@ -116,7 +116,8 @@ def main() -> None:
 
 LEGEND = (
     "A row per lead, each on top of those above it, all from one calibration; *optimize* is what `optimize` returns, "
-    'which compares candidates on held-out calibration data; *KL*: with `loss_fn="kl"`, for models that give logits; '
+    'which compares candidates on held-out calibration data; *KL*: with `loss_fn="kl"`, meant for '
+    "language models, whose perplexity it is about; "
     "*re-gauged*: with `Keep(params=..., regauge=True)`. *Held-out error*: relative error of the model's outputs on "
     "calibration data that chose nothing, L2 or KL as the plan was made. *Asked* is what the project set itself, for "
     "the plan before and after refinement. Refinement distils from the original on the calibration batches, without "
@@ -130,9 +131,10 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
     calibration, calibrated = _timed(lambda: calibrate(subject.model, subject.loader))
     made, planned = _timed(lambda: optimize(subject.model, calibration, target=target, compile=False))
     assert made.session is not None
-    judged = (
-        optimize(subject.model, calibration, target=target, compile=False, loss_fn="kl") if subject.logits else made
-    )
+    ways = {"optimize": made}
+    if subject.logits:
+        ways["optimize, KL"] = optimize(subject.model, calibration, target=target, compile=False, loss_fn="kl")
+    usual = ways["optimize, KL" if subject.language else "optimize"]
     header = (
         "",
         subject.figure,
