@@ -149,7 +149,7 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
     lines = common.paragraph(
         f"{subject.about} Calibration took {calibrated:.0f} s, effects and the first plan {planned:.0f} s."
     )
-    sessions = {_any: made.session}
+    sessions: dict[Variants, Session] = {_any: made.session}
     for variants in (_basic, _activation):
         sessions[variants] = _raced(made.session, variants)
     for aim in subject.aims:
