@@ -313,7 +313,7 @@ ZOO: dict[str, Entry] = {
     "lstm_classifier": plain(LSTMClassifier, only_ids),
     "transformer": plain(Translator, token_pairs),
     "transformer_encoder": plain(Encoder, values(TOKENS, 64)),
-    "weight_norm_tcn": plain(TemporalNet, values(16, 48)),
+    "weight_norm_tcn": plain(TemporalNet, values(64, 48)),
     "video_3d": plain(VideoNet, values(3, 4, 16, 16)),
     "experts": plain(Experts, values(TOKENS, 32)),
     "router": plain(Router, values(32)),

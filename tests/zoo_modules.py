@@ -90,7 +90,7 @@ class TemporalNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         weight_norm = nn.utils.parametrizations.weight_norm
-        self.first = nn.Conv1d(16, 64, 1)
+        self.first = nn.Conv1d(64, 64, 1)
         self.layers = nn.ModuleList(
             weight_norm(nn.Conv1d(64, 64, 3, padding=dilation, dilation=dilation)) for dilation in (1, 2, 4)
         )
