@@ -43,9 +43,9 @@ BASIC = ("lowrank", "channel")
 
 REFINE = {
     "minilm": Refine(steps=600),
-    "resnet20": Refine(steps=500, lr=0.01, batch=128, augment=flip_and_shift),
-    "resnet56": Refine(steps=400, lr=0.01, batch=128, augment=flip_and_shift),
-    "vit": Refine(steps=400, batch=128, augment=flip_and_shift),
+    "resnet20": Refine(steps=300, lr=0.01, batch=128, augment=flip_and_shift),
+    "resnet56": Refine(steps=150, lr=0.01, batch=128, augment=flip_and_shift),
+    "vit": Refine(steps=200, batch=128, augment=flip_and_shift),
     "lm": Refine(steps=400),
 }
 """How each model is refined; the steps are for its hardest target, others take ``Aim.steps``."""
@@ -132,7 +132,7 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
     made, planned = _timed(lambda: optimize(subject.model, calibration, target=target, compile=False))
     assert made.session is not None
     ways = {"optimize": made}
-    if subject.logits:
+    if subject.language:
         ways["optimize, KL"] = optimize(subject.model, calibration, target=target, compile=False, loss_fn="kl")
     usual = ways["optimize, KL" if subject.language else "optimize"]
     header = (

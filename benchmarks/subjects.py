@@ -68,8 +68,7 @@ class Subject:
         figure: what the figure is called.
         rising: whether a higher figure is better.
         extra: headers of :attr:`Measured.extra`.
-        logits: whether it gives logits, so that errors can be measured by their KL divergence too.
-        language: whether it is a language model, for which that is the measure to use.
+        language: whether it is a language model, whose errors are measured by KL.
         aims: the targets.
     """
 
@@ -82,7 +81,6 @@ class Subject:
     rising: bool
     aims: tuple[Aim, ...]
     extra: tuple[str, ...] = ()
-    logits: bool = False
     language: bool = False
 
 
@@ -217,7 +215,6 @@ def _classifier(
         rising=False,
         aims=aims,
         extra=("broken", "mended"),
-        logits=True,
     )
 
 
@@ -272,7 +269,6 @@ def language_model(data: Path) -> Subject:
         figure="perplexity rise",
         rising=False,
         aims=tuple(Aim(Keep(params=share, of="sites"), None, None) for share in (0.8, 0.6)),
-        logits=True,
         language=True,
     )
 
