@@ -218,7 +218,7 @@ class _Run:
                 for kept, parameter in zip(self.kept, self.parameters.values(), strict=True):
                     kept.copy_(parameter.detach())
             self.done = last
-            if not last and self._looks_since_best() >= self.options.patience:
+            if not last and self._looks_since_best() >= self.options.most_looks:
                 self.notes.append(
                     f"refinement ended at step {self.step} of {self.options.steps}: the held-out error had not "
                     f"fallen since step {self.best_step}"

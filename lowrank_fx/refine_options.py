@@ -28,7 +28,8 @@ class Refine:
         blocks: weight of the sites' own errors beside the error of the outputs; 0 leaves them out.
         weight_decay: as in AdamW.
         every: steps from one look at the held-out batches to the next; None for a twentieth of ``steps``.
-        patience: it ends after so many looks without a new best.
+        patience: it ends after so many looks without a new best. None for 8, but for ``"one_cycle"`` to go on to its end:
+            while its step size is large the held-out error rises, and the best comes last.
         seed: of the order of rows, and of the numbers that ``augment`` draws.
         augment: changes each batch before both models see it: a function of the batch and a generator, such as
             :func:`~lowrank_fx.training_batches.flip_and_shift`.
@@ -44,14 +45,14 @@ class Refine:
     blocks: float = 1.0
     weight_decay: float = 0.0
     every: int | None = None
-    patience: int = 8
+    patience: int | None = None
     seed: int = 0
     augment: Augment | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "every", "patience"):
             value = getattr(self, name)
-            if value is None and name in ("batch", "every"):
+            if value is None and name != "steps":
                 continue
             if type(value) is not int or value < 1:
                 raise OptionError(f"Refine({name}={value!r}): give a whole number of at least 1")
@@ -68,6 +69,13 @@ class Refine:
             raise OptionError(f"Refine(schedule={self.schedule!r}): the legal values are {legal}")
         if self.augment is not None and not callable(self.augment):
             raise OptionError(f"Refine(augment={self.augment!r}): give a function of a batch and a torch.Generator")
+
+    @property
+    def most_looks(self) -> float:
+        """How many looks without a new best it may take; infinite for no end before the last step."""
+        if self.patience is not None:
+            return self.patience
+        return math.inf if self.schedule == "one_cycle" else 8
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON data; ``augment`` by its name."""

@@ -191,6 +191,19 @@ def test_never_worse_than_its_start() -> None:
     assert done.notes == ("refinement ended at step 12 of 24: the held-out error had not fallen since step 0",)
 
 
+@pytest.mark.parametrize(("schedule", "steps"), [("one_cycle", 12), ("cosine", 8)])
+def test_one_cycle_goes_on_to_its_end(
+    schedule: Literal["one_cycle", "cosine"], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup()
+    program = setup.factored()
+    errors = iter([1.0, *[1.5] * 11, 0.9])  # the start, and a look at every step: the best one is the twelfth
+    monkeypatch.setattr("lowrank_fx.refine.held_out_error", lambda *_: next(errors))
+    done = setup.refine(program, replace(OPTIONS, steps=12, every=1, schedule=schedule))
+    assert done.steps == steps
+    assert done.best_step == (12 if schedule == "one_cycle" else 0)
+
+
 def test_the_best_state_is_kept_not_the_last() -> None:
     setup = Setup()
     errors = iter([1.0, 0.5, 0.8, 0.9, 0.9, 0.9, 0.9])
