@@ -28,8 +28,8 @@ class Refine:
         blocks: weight of the sites' own errors beside the error of the outputs; 0 leaves them out.
         weight_decay: as in AdamW.
         every: steps from one look at the held-out batches to the next; None for a twentieth of ``steps``.
-        patience: it ends after so many looks without a new best. None for 8, but for ``"one_cycle"`` to go on to its end:
-            while its step size is large the held-out error rises, and the best comes last.
+        patience: it ends after so many looks without a new best. None for 8, but with ``"one_cycle"`` for none before
+            its end: while its step size is large the held-out error rises, and the best comes last.
         seed: of the order of rows, and of the numbers that ``augment`` draws.
         augment: changes each batch before both models see it: a function of the batch and a generator, such as
             :func:`~lowrank_fx.training_batches.flip_and_shift`.

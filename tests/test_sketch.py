@@ -299,8 +299,8 @@ def test_exact_mode_equals_the_gram_to_float32_rounding(n: int, d: int) -> None:
 def test_rho_of_exact_mode_does_not_grow_with_the_mean() -> None:
     spread = decaying(0, 3000, 100)
     plain, shifted = (feed(FrequentDirections(100), (spread + mean).float(), []) for mean in (0, 1000))
-    # The float32 rows themselves lose digits to the mean, but not their Gram; measured 1.4 times with two threads and 3.2
-    # with one. Without centring it would be about the ratio of the energies, 10^6.
+    # The float32 rows themselves lose digits to the mean, but not their Gram; measured 1.4 times with two threads and
+    # 3.2 with one. Without centring it would be about the ratio of the energies, 10^6.
     assert shifted.rho <= 10 * plain.rho
 
 
