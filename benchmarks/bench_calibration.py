@@ -72,7 +72,6 @@ def main() -> None:
         parser.error(f"--rounds {options.rounds}: at least 3 are needed for a median")
     data = common.data_dir(parser, options.data_dir)
     if data is None:
-        print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
         return
     if options.peak_of is not None:
         print(json.dumps(peaks(data, options.peak_of)))

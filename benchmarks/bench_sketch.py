@@ -38,7 +38,6 @@ def main() -> None:
     options = parser.parse_args()
     data = common.data_dir(parser, options.data_dir)
     if data is None:
-        print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
         return
     lines = ["# Frequent Directions against exact second moments", "", *common.machine(options.date), ""]
     lines += [*common.paragraph(LEGEND), "", *quality(data), "", "## Speed", "", *common.paragraph(SPEED), "", *speed()]

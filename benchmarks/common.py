@@ -50,10 +50,13 @@ def option_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def data_dir(parser: argparse.ArgumentParser, given: Path | None) -> Path | None:
-    """The data folder, or None where none was given and the default does not exist."""
+    """The data folder, or None, which is said, where none was given and the default does not exist."""
     if given is not None and not given.is_dir():
         parser.error(f"--data-dir {given} is not a folder")
-    return given or (DEFAULT_DATA if DEFAULT_DATA.is_dir() else None)
+    if given is None and not DEFAULT_DATA.is_dir():
+        print("skipped: there is no data folder (--data-dir), so nothing was measured and no page written")
+        return None
+    return given or DEFAULT_DATA
 
 
 def data_module(data: Path, name: str) -> Any:
