@@ -57,3 +57,15 @@ def _is_closed(value: Any) -> bool:
     except Exception:  # whatever a flattener that somebody registered may raise
         return True
     return False
+
+
+def met(walk: Callable[[Any, Callable[[Any], Any]], Any], value: Any) -> list[Any]:
+    """What a function such as :func:`map_leaves` would hand to its ``change``, in its order."""
+    found: list[Any] = []
+
+    def note(part: Any) -> Any:
+        found.append(part)
+        return part
+
+    walk(value, note)
+    return found

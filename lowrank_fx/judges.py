@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx._ambient import seeded
-from lowrank_fx._leaves import map_leaves
+from lowrank_fx._leaves import map_leaves, met
 from lowrank_fx.batches import Call
 from lowrank_fx.program import Outputs, Program
 
@@ -72,11 +72,4 @@ def answer_of(program: Program, call: Call) -> Any:
 
 def open_leaves(value: Any) -> list[Any]:
     """The leaves that :func:`~lowrank_fx._leaves.map_leaves` would change, in its order."""
-    found: list[Any] = []
-
-    def note(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
-
-    map_leaves(value, note)
-    return found
+    return met(map_leaves, value)

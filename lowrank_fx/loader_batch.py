@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx._describe import is_dataclass, is_mapping
+from lowrank_fx._leaves import met
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -41,14 +42,7 @@ def map_tensors(batch: Any, change: Change, done: Mapping[int, Tensor] | None = 
 
 def tensors_in(batch: Any) -> list[Tensor]:
     """The tensors that :func:`map_tensors` would change, in its order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(batch, note)
-    return found
+    return met(map_tensors, batch)
 
 
 def cut_batch(batch: Any, size: int, start: int, stop: int, done: Mapping[int, Tensor]) -> Any:
