@@ -42,7 +42,7 @@ BASIC = ("lowrank", "channel")
 """The forms that project a layer's output on its principal directions, without alternation."""
 
 REFINE = {
-    "minilm": Refine(steps=600),
+    "minilm": Refine(steps=150),
     "resnet20": Refine(steps=300, lr=0.01, batch=128, augment=flip_and_shift),
     "resnet56": Refine(steps=150, lr=0.01, batch=128, augment=flip_and_shift),
     "vit": Refine(steps=200, batch=128, augment=flip_and_shift),
@@ -162,10 +162,12 @@ def section(subject: Subject, refine: Refine | None) -> list[str]:
             rows.append(_row(f"optimize, re-gauged ({plain.plan.candidate})", subject, plain, None, plain, seconds))
         if refine is not None:
             own = dataclasses.replace(refine, steps=aim.steps or refine.steps)
-            done, seconds = _timed(lambda aim=aim, own=own: usual.replan(aim.target, refine=own))  # type: ignore[misc]
+            best = aim.regauged or aim.target
+            done, seconds = _timed(lambda best=best, own=own: usual.replan(best, refine=own))  # type: ignore[misc]
             kept = done.plan.refinement
             said = "" if kept is None else f" ({kept.best_step} of {own.steps} steps kept)"
-            rows.append(_row(f"refined{said}", subject, done, aim.refined, done, seconds))
+            start = "re-gauged, refined" if aim.regauged else "refined"
+            rows.append(_row(f"{start}{said}", subject, done, aim.refined, done, seconds))
         lines += ["", f"**{aim.target}**", "", *common.table(header, rows)]
     return lines
 
