@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank_fx._files import read_json, sha256_file, write_atomic
 from lowrank_fx.errors import LowRankError, StorageError
+from lowrank_fx.weight_files import read_header
 
 T = TypeVar("T")
 
@@ -84,6 +85,7 @@ def read_bundle(
     if sha256_file(stored) != checksum:
         raise StorageError(f"{stored}: the file is damaged: its checksum is not the one in {path.name}")
     try:
+        read_header(stored)
         tensors = load_file(stored)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{stored}: not a safetensors file: {error}") from error

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ import torch
 
 from lowrank_fx.errors import StorageError
 
-_LARGEST_JSON = 256 * 2**20
+_LARGEST_JSON = 64 * 2**20
+
+_DEEPEST_JSON = 100
+
+_LONGEST_INTEGER = 100
+"""Digits; no such number overflows where it is made a float."""
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -40,7 +46,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"{target} could not be written: {error.strerror or error}") from error
 
@@ -81,7 +87,7 @@ def sha256_tensor(tensor: torch.Tensor) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file of at most 256 MiB.
+    """The content of a JSON file of at most 64 MiB; see :func:`parse_json`.
 
     Raises:
         StorageError: the file is missing, unreadable, too large, not UTF-8 or not JSON; the message has the path and
@@ -89,6 +95,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     target = Path(path)
     try:
+        # A pipe, or a device, may never end.
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise OSError("it is no file")
         with target.open("rb") as file:
             data = file.read(_LARGEST_JSON + 1)
     except OSError as error:
@@ -96,12 +105,53 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if len(data) > _LARGEST_JSON:
         raise StorageError(f"{target} is larger than {_LARGEST_JSON // 2**20} MiB, so it is not a file of lowrank_fx")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise StorageError(f"{target} is not valid JSON: {error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def parse_json(data: str | bytes) -> Any:
+    """JSON data of bounded depth and integers of bounded length; no name stands twice in an object.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        made = json.loads(data, parse_int=_integer, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {_DEEPEST_JSON} deep") from error
+    level = [made]
+    for _ in range(_DEEPEST_JSON):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return made
+    raise ValueError(f"it is nested more than {_DEEPEST_JSON} deep")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _LONGEST_INTEGER:
+        raise ValueError(f"an integer has {len(digits)} digits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:60]!r} stands twice in one object")
+    return made
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     # Elsewhere than on POSIX a folder cannot be opened, and replacing a file is durable on its own.
     if os.name != "posix":
         return

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lowrank_fx._files import parse_json
 from lowrank_fx.errors import PlanError, TargetError
 from lowrank_fx.forms import DENSE, FORMS
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Target, target_from_json
 
 PLAN_VERSION = 3
+
+OLDEST_VERSION = 3
+"""Plans from this version on can be read. A new field takes a new version, and a default, which older plans have."""
 
 
 @dataclass(frozen=True)
@@ -198,42 +202,69 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            PlanError: the text is not a plan of this version; the message says where.
+            PlanError: the text is no plan of a version that is known; the message says where.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"a plan is not JSON: {error}") from error
-        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
-            found = data.get("version") if isinstance(data, dict) else type(data).__name__
-            raise PlanError(f"a plan of version {PLAN_VERSION} is expected, this one says {found!r}")
-        del data["version"]
-        plan: Plan = _read(data, cls, "plan")
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Plan:
+        """Read a plan from the JSON data of :meth:`to_json`.
+
+        Raises:
+            PlanError: the data is no plan of a version that is known; the message says where.
+        """
+        version = data.get("version") if isinstance(data, dict) else type(data).__name__
+        if type(version) is int and version > PLAN_VERSION:
+            raise PlanError(
+                f"a plan of version {PLAN_VERSION} is expected, this one says {version!r}: it was made by a newer "
+                "lowrank_fx; upgrade lowrank_fx to read it"
+            )
+        if type(version) is not int or version < OLDEST_VERSION:
+            raise PlanError(f"a plan of version {PLAN_VERSION} is expected, this one says {version!r:.60}")
+        fields = {name: value for name, value in data.items() if name != "version"}
+        plan: Plan = _read(fields, cls, "plan", version == PLAN_VERSION)
         for site in plan.sites:
             _check_site(site)
         return plan
 
 
-def _read(data: Any, kind: Any, where: str) -> Any:
-    """JSON data as a value of the type ``kind``: a dataclass by its fields, a tuple, a number, a text."""
+def _read(data: Any, kind: Any, where: str, complete: bool) -> Any:
+    """JSON data as a value of the type ``kind``: a dataclass by its fields, a tuple, a number, a text.
+
+    Args:
+        data: the data.
+        kind: the type.
+        where: its place, for messages.
+        complete: whether fields that have a default must be there too, as they are in a plan of this version.
+    """
     if kind == Target:
         try:
-            return target_from_json(data)
+            target = target_from_json(data)
         except TargetError as error:
             raise PlanError(f"a plan is malformed: {where}: {error}") from error
+        unknown = sorted(data.keys() - target.to_json().keys())
+        if unknown:
+            raise PlanError(f"a plan is malformed: {where} has an unknown {unknown[0][:60]!r}")
+        return target
     if isinstance(kind, UnionType) and isinstance(data, dict):
         kind = next((member for member in get_args(kind) if dataclasses.is_dataclass(member)), kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(data, dict):
         kinds = get_type_hints(kind)
-        if data.keys() != kinds.keys():
-            wrong = sorted(data.keys() ^ kinds.keys())[0]
-            raise PlanError(f"a plan is malformed: {where} {'lacks' if wrong in kinds else 'has an unknown'} {wrong!r}")
-        return kind(**{name: _read(data[name], kinds[name], f"{where}.{name}") for name in data})
+        newer = () if complete else [each.name for each in dataclasses.fields(kind) if _has_default(each)]
+        wrong = sorted((data.keys() ^ kinds.keys()) - (set(newer) - data.keys()))
+        if wrong:
+            word = "lacks" if wrong[0] in kinds else "has an unknown"
+            raise PlanError(f"a plan is malformed: {where} {word} {wrong[0][:60]!r}")
+        return kind(**{name: _read(data[name], kinds[name], f"{where}.{name}", complete) for name in data})
     if get_origin(kind) is tuple and isinstance(data, list):
         members = get_args(kind)
         members = members[:1] * len(data) if members[-1] is Ellipsis else members
         if len(members) == len(data):
-            return tuple(_read(data[i], members[i], f"{where}[{i}]") for i in range(len(data)))
+            return tuple(_read(data[i], members[i], f"{where}[{i}]", complete) for i in range(len(data)))
     allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     is_number = type(data) is int or (type(data) is float and math.isfinite(data))
     if is_number if float in allowed else type(data) in allowed:
@@ -241,7 +272,13 @@ def _read(data: Any, kind: Any, where: str) -> Any:
     raise PlanError(f"a plan is malformed: {where} is {repr(data)[:60]}, which is no {getattr(kind, '__name__', kind)}")
 
 
+def _has_default(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+
+
 def _check_site(site: SitePlan) -> None:
+    if min(site.out_features, site.in_features) < 1 or min(*site.params, *site.flops) < 0:
+        raise PlanError(f"site {site.name!r}: its sizes, weights or FLOPs are no counts")
     if site.form != DENSE and site.form not in FORMS:
         raise PlanError(f"site {site.name!r}: no form is called {site.form!r}; there are {[DENSE, *FORMS]}")
     # Between two convolutions that share the kernel's positions there may be more channels than outputs.

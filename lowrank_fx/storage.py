@@ -1,42 +1,54 @@
-"""A directory that holds an optimized model: ``plan.json`` and one safetensors file. Never pickle.
+"""A directory that holds an optimized model: ``plan.json`` and its weights in safetensors files. Never pickle.
 
-The weights are written first, under a name that contains their hash; ``plan.json`` is replaced last, atomically. A save
-that is killed leaves the old or the new model readable, never a mixture.
+The weights are written first, under names that contain their hash, and reach the disk; ``plan.json`` is replaced last,
+atomically. A save that is killed leaves the old or the new model readable, never a mixture.
+
+What is read is distrusted: ``manifest.py`` checks ``plan.json``, ``weight_files.py`` the files it names, both before
+the model is captured or anything of a stored size is made.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank_fx._files import read_json, sha256_file, write_atomic
+from lowrank_fx._files import write_atomic
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture, device_of
-from lowrank_fx.errors import LowRankError, PlanError, StorageError
+from lowrank_fx.errors import StorageError
+from lowrank_fx.example_calls import decode_call, encode_call
 from lowrank_fx.fingerprint import BaseWeight, base_weights
 from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.gauge import Gauge
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import PairedTiming
-from lowrank_fx.plan import Plan
+from lowrank_fx.manifest import PLAN_FILE, Captured, Manifest, read_manifest
+from lowrank_fx.passes.factorize_regauged import ORDER
+from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site
+from lowrank_fx.timings import SiteSpeed
+from lowrank_fx.transfer import Before, factors_of, move, transferred
 from lowrank_fx.tree_program import TreeProgram
+from lowrank_fx.weight_files import (
+    MAX_SHARD_SIZE,
+    TEMPORARY_PATTERNS,
+    WEIGHTS_PATTERNS,
+    Stored,
+    check_weight_files,
+    load_weight_files,
+    parse_shard_size,
+    write_weight_files,
+)
 
-FORMAT = 1
-PLAN_FILE = "plan.json"
-
-WEIGHTS_PATTERN = f"model-{'[0-9a-f]' * 16}.safetensors"
-"""Names of our own weight files; a sharded checkpoint's ``model-00001-of-00002.safetensors`` is the user's."""
+CAPTURED = "captured:"
+"""In front of the name of a tensor, in the file: the value that the captured model has."""
 
 
 @dataclass
@@ -49,7 +61,9 @@ class Artifact:
         sites: the sites that are factored, by name.
         base: the tensors of the user's model when the plan was made, by name.
         timing: measured against the original, or None.
-        folded: the pairs have been multiplied back into dense operators.
+        folded: names of the sites whose pairs have been multiplied back into dense operators.
+        before: what the captured model held where this one differs; None where that is not known.
+        speeds: measured of the factored sites against their dense originals, by name.
     """
 
     program: Program
@@ -57,185 +71,244 @@ class Artifact:
     sites: Mapping[str, Site]
     base: Mapping[str, BaseWeight]
     timing: PairedTiming | None = None
-    folded: bool = False
+    folded: tuple[str, ...] = ()
+    before: Before | None = None
+    speeds: Mapping[str, SiteSpeed] = field(default_factory=dict)
 
 
-def save(artifact: Artifact, folder: str | os.PathLike[str]) -> None:
+def save(artifact: Artifact, folder: str | os.PathLike[str], max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
     """Write ``artifact`` into ``folder``, which is made if it does not exist.
 
+    Args:
+        artifact: the model.
+        folder: the directory.
+        max_shard_size: how large a file of weights may be, such as ``"5GB"`` or a number of bytes.
+
     Raises:
+        OptionError: ``max_shard_size`` is no size.
         StorageError: the folder cannot be written.
     """
-    root = Path(folder)
+    root, limit = Path(folder), parse_shard_size(max_shard_size)
+    program, before = artifact.program, artifact.before
+    tensors = {name: tensor.detach() for name, tensor in _distinct(program.module).items()}
+    moved = () if before is None else tuple(name for name in before.values if name in tensors)
+    if before is not None:
+        tensors |= {CAPTURED + name: before.values[name] for name in moved}
+    calls = program.calls if isinstance(program, GraphProgram) else None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        old = set(root.glob(WEIGHTS_PATTERN))
-        program = artifact.program
-        calls = program.calls if isinstance(program, GraphProgram) else None
-        weights = _write_weights(program.module, root)
-        data = {
-            "format": FORMAT,
-            "plan": json.loads(artifact.plan.to_json()),
-            "capture": program.way,
-            "call": None if calls is None else _encode((list(calls.example.args), calls.example.kwargs)),
-            "ignored": [] if calls is None else sorted(calls.ignored),
-            "weights": {"file": weights.name, "sha256": sha256_file(weights)},
-            "base": {name: asdict(entry) for name, entry in artifact.base.items()},
-            "timing": None if artifact.timing is None else asdict(artifact.timing),
-            "folded": artifact.folded,
-        }
-        # Keys stay in their order: that of a dictionary among the inputs is part of how the graph is called.
-        write_atomic(root / PLAN_FILE, (json.dumps(data, indent=1) + "\n").encode())
-        for path in old - {weights}:
+        for path in _own(root, TEMPORARY_PATTERNS):  # of saves that were killed
             path.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+        old = _own(root, WEIGHTS_PATTERNS)
+        manifest = Manifest(
+            plan=artifact.plan,
+            capture=program.way,
+            call=None if calls is None else encode_call(calls.example),
+            ignored=() if calls is None else tuple(sorted(calls.ignored)),
+            files=write_weight_files(root, tensors, limit),
+            base=artifact.base,
+            captured=None if before is None else Captured(before.gaps, moved),
+            timing=artifact.timing,
+            folded=artifact.folded,
+            speeds=artifact.speeds,
+        )
+        write_atomic(root / PLAN_FILE, manifest.to_json())
+        for path in old - {root / entry.file for entry in manifest.files}:
+            path.unlink(missing_ok=True)
+    except (OSError, SafetensorError, ValueError) as error:
         raise StorageError(f"{root}: the model could not be saved: {error}") from error
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str], example: Call | None = None) -> Artifact:
+def load(
+    model: nn.Module, folder: str | os.PathLike[str], example: Call | None = None, *, strict: bool = True
+) -> Artifact:
     """Read an artifact back; ``model`` gives the code, and must hold the weights the plan was made for.
 
     Args:
         model: the original model.
         folder: what :func:`save` wrote.
         example: an example call, needed only if the saved one could not be stored as JSON.
+        strict: False takes a model with other weights of the same shapes: the stored factors follow its weights, see
+            ``transfer.py``, and what is not factored is its own.
 
     Raises:
         StorageError: the folder is missing or damaged, or does not fit the model; the message names the layer.
     """
     root = Path(folder)
-    data = read_json(root / PLAN_FILE)
-    plan, timing = read_plan(root, data)
-    try:
-        base = {
-            name: BaseWeight(tuple(entry["shape"]), entry["dtype"], entry["sha256"])
-            for name, entry in data["base"].items()
-        }
-        weights, folded = data["weights"], bool(data["folded"])
-        ignored = frozenset(str(name) for name in data["ignored"])
-        way = data["capture"]
-        if way not in ("export", "modules"):
-            raise ValueError(f"capture is {way!r}")
-        stored_call = _decode(data["call"]) if example is None else None
-        path = root / _plain_name(weights["file"])
-        checksum = weights["sha256"]
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise StorageError(f"{root / PLAN_FILE}: damaged: {error!r}") from error
-    _check_base(root, base, base_weights(model))
-    if not path.is_file():
-        raise StorageError(f"{path}: the file that {PLAN_FILE} names is missing")
-    if sha256_file(path) != checksum:
-        raise StorageError(f"{path}: the file is damaged: its checksum is not the one in {PLAN_FILE}")
-    program: Program
-    if way == "modules":
-        program = TreeProgram.from_model(model, known={entry.weight for entry in plan.sites})
-    else:
-        if example is None:
-            if stored_call is None:
-                raise StorageError(
-                    f"{root}: the example inputs could not be stored; pass load(model, folder, example=batch)"
-                )
-            example = Call(tuple(stored_call[0]), stored_call[1]).to(device_of(model))
-        program = GraphProgram.from_capture(capture(model, example))
-        program.calls = replace(program.calls, ignored=ignored | program.calls.ignored)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise StorageError(f"{path}: not a safetensors file: {error}") from error
-    sites = _match_sites(root, program, plan)
-    empty = {name: (site, _empty_factors(program, plan, site)) for name, site in sites.items()}
-    program = program.factorize(empty, clone=True)
-    if folded:
-        program = program.fold(sites)
-    _fill(path, program.module, tensors)
-    return Artifact(program, plan, sites, base, timing, folded)
+    saved = read_manifest(root)
+    actual = base_weights(model)
+    changed = _changed(root, saved, actual, strict)
+    stored = check_weight_files(root, saved.files, _most_bytes(model))
+    program = _captured(root, model, saved, example)
+    sites = _match_sites(root, program, saved.plan)
+    empty = {entry.name: (site, _empty_factors(root, program, entry, site, stored)) for entry, site in sites}
+    own = {entry.name: site for entry, site in sites}
+    made = program.factorize(empty, clone=True)
+    if saved.folded:
+        made = made.fold({name: own[name] for name in saved.folded})
+    tensors = load_weight_files(root, saved.files)
+    before = None
+    if saved.captured is not None:
+        for name in saved.captured.moved:
+            if CAPTURED + name not in tensors:
+                raise StorageError(f"{root}: tensor {CAPTURED + name[:200]!r} is missing in the files")
+        before = Before(saved.captured.gaps, {name: tensors.pop(CAPTURED + name) for name in saved.captured.moved})
+    _fill(root, made.module, tensors)
+    for entry, site in sites:
+        _check_order(root, made.module, entry, site)
+    artifact = Artifact(made, saved.plan, own, saved.base, saved.timing, saved.folded, before, saved.speeds)
+    if changed:
+        return _refactored(program, artifact, actual)
+    if before is None and not saved.folded:
+        artifact.before = Before.of(program, own, saved.plan.factored, made.module)
+    return artifact
 
 
-def read_plan(folder: str | os.PathLike[str], data: Any = None) -> tuple[Plan, PairedTiming | None]:
+def read_plan(folder: str | os.PathLike[str]) -> tuple[Plan, PairedTiming | None]:
     """The plan and the timing of a saved model; no weight is read.
 
     Raises:
-        StorageError: the folder holds no plan of this format.
+        StorageError: the folder holds no plan of a format that is known.
     """
-    path = Path(folder) / PLAN_FILE
-    data = read_json(path) if data is None else data
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise StorageError(f"{path}: format {FORMAT} is expected, the file says {found!r}")
-    try:
-        plan = Plan.from_json(json.dumps(data["plan"]))
-        timing = None if data["timing"] is None else PairedTiming(**data["timing"])
-    except (PlanError, KeyError, TypeError) as error:
-        raise StorageError(f"{path}: {error}") from error
-    except LowRankError as error:
-        raise StorageError(f"{path}: {error}") from error
-    return plan, timing
+    saved = read_manifest(Path(folder))
+    return saved.plan, saved.timing
 
 
-def _write_weights(module: nn.Module, root: Path) -> Path:
-    """Write the state dict, each tensor once, and name the file by its content."""
-    tensors: dict[str, Tensor] = {}
+def read_speeds(folder: str | os.PathLike[str]) -> Mapping[str, SiteSpeed]:
+    """The measured speeds of a saved model's layers, by name; no weight is read.
+
+    Raises:
+        StorageError: the folder holds no plan of a format that is known.
+    """
+    return read_manifest(Path(folder)).speeds
+
+
+def _refactored(program: Program, stored: Artifact, actual: Mapping[str, BaseWeight]) -> Artifact:
+    """A captured model with its own weights in the forms and ranks of a stored one.
+
+    Args:
+        program: the captured model.
+        stored: the stored model, with this model's code.
+        actual: the tensors of the user's model.
+    """
+    assert stored.before is not None
+    factored: dict[str, tuple[Site, Factors]] = {}
+    again: dict[str, SitePlan] = {}
+    for entry in stored.plan.factored:
+        site = stored.sites[entry.name]
+        kept = factors_of(stored.program.module, entry, site)
+        factors = transferred(site, entry.form, program.weight(site), kept, stored.before.gaps[site.name])
+        if factors is not kept:
+            gauge = factors.gauge
+            pivots, gathered = (None, False) if gauge is None else (gauge.start, gauge.order is not None)
+            again[site.name] = replace(entry, pivots=pivots, gathered=gathered)
+        factored[site.name] = (site, factors)
+    made = program.factorize(factored, clone=True)
+    move(made.module, stored.before.values, stored.program.module.state_dict())
+    note = (
+        f"loaded with strict=False on other weights than the plan was made for: {len(again)} of {len(factored)} "
+        "factored layers followed them, without data; errors and timing are those of the first weights"
+    )
+    entries = tuple(again.get(entry.name, entry) for entry in stored.plan.sites)
+    plan = replace(stored.plan, sites=entries, notes=(*stored.plan.notes, note))
+    before = Before.of(program, stored.sites, plan.factored, made.module)
+    return Artifact(made, plan, stored.sites, actual, stored.timing, (), before, stored.speeds)
+
+
+def _captured(root: Path, model: nn.Module, saved: Manifest, example: Call | None) -> Program:
+    """The user's model, captured as it was when it was saved."""
+    if saved.capture == "modules":
+        return TreeProgram.from_model(model, known={entry.weight for entry in saved.plan.sites})
+    if example is None:
+        if saved.call is None:
+            raise StorageError(
+                f"{root}: the example inputs could not be stored; pass load(model, folder, example=batch)"
+            )
+        example = decode_call(saved.call).to(device_of(model))
+    program = GraphProgram.from_capture(capture(model, example))
+    program.calls = replace(program.calls, ignored=frozenset(saved.ignored) | program.calls.ignored)
+    return program
+
+
+def _distinct(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state, each under the first of its names."""
     seen: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen[id(tensor)] = name
-            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    temporary = root / f".model-{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        final = root / f"model-{sha256_file(temporary)[:16]}.safetensors"
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return final
+    state = module.state_dict(keep_vars=True).items()
+    return {
+        name: tensor
+        for name, tensor in state
+        if isinstance(tensor, Tensor) and seen.setdefault(id(tensor), name) == name
+    }
 
 
-def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _own(root: Path, patterns: Sequence[str]) -> set[Path]:
+    """The files in a folder that only a save can have made."""
+    return {path for pattern in patterns for path in root.glob(pattern)}
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """More bytes than a saved model of this one can have: every layer a pair at full rank, all of it in float64."""
+    return 8 * (4 * sum(tensor.numel() for tensor in _distinct(model).values()) + 2**26)
+
+
+def _fill(root: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy stored values into a module's tensors, each one exactly once."""
-    own = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    distinct: dict[int, str] = {}
-    for name, tensor in own.items():
-        distinct.setdefault(id(tensor), name)
-    wanted = set(distinct.values())
-    for name in sorted(wanted | set(tensors)):
-        if name not in tensors or name not in wanted:
-            where = "missing in the file" if name in wanted else "not in the model"
-            raise StorageError(f"{path}: tensor {name!r} is {where}")
-        expected = own[name]
-        stored = tensors[name]
+    own = _distinct(module)
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors or name not in own:
+            where = "missing in the file" if name in own else "not in the model"
+            raise StorageError(f"{root}: tensor {name[:200]!r} is {where}")
+        expected, stored = own[name], tensors[name]
         cast = stored.is_floating_point() and expected.is_floating_point()  # the module was cast after it was made
         if stored.shape != expected.shape or (stored.dtype != expected.dtype and not cast):
-            raise StorageError(
-                f"{path}: tensor {name!r} is {tuple(stored.shape)} {stored.dtype}, "
-                f"the model needs {tuple(expected.shape)} {expected.dtype}"
-            )
+            raise StorageError(_differs(root, name, stored.shape, stored.dtype, expected.shape, expected.dtype))
         with torch.no_grad():
             expected.data = stored.to(expected.device)
 
 
-def _check_base(root: Path, stored: Mapping[str, BaseWeight], actual: Mapping[str, BaseWeight]) -> None:
+def _differs(
+    root: Path, name: str, shape: Sequence[int], dtype: torch.dtype, needed: Sequence[int], of: torch.dtype
+) -> str:
+    return f"{root}: tensor {name!r} is {tuple(shape)} {dtype}, the model needs {tuple(needed)} {of}"
+
+
+def _changed(root: Path, saved: Manifest, actual: Mapping[str, BaseWeight], strict: bool) -> bool:
+    """Whether the model's weights have other values than those the plan was made for; all else must be the same."""
+    stored, changed = saved.base, []
     for name in [*stored, *(name for name in actual if name not in stored)]:
         if name not in actual or name not in stored:
             side = "this model has no such tensor" if name in stored else "the plan was made without it"
-            raise StorageError(f"{root}: the plan does not fit this model: {name!r}: {side}")
+            raise StorageError(f"{root}: the plan does not fit this model: {name[:200]!r}: {side}")
         want, have = stored[name], actual[name]
         if (want.shape, want.dtype) != (have.shape, have.dtype):
             raise StorageError(
                 f"{root}: the plan does not fit this model: {name!r} is {have.shape} {have.dtype}, "
-                f"the plan was made for {want.shape} {want.dtype}"
+                f"the plan was made for {want.shape} {want.dtype[:60]}"
             )
         if want.sha256 != have.sha256:
-            raise StorageError(
-                f"{root}: {name!r} has other values than the weights the plan was made for; "
-                "load the original weights into the model first, or optimize it again"
-            )
+            changed.append(name)
+    if not changed:
+        return False
+    other = f"{root}: {changed[0]!r} has other values than the weights the plan was made for"
+    if strict:
+        raise StorageError(
+            f"{other}; load the original weights into the model first, optimize it again, or pass strict=False to "
+            "factor these weights by the stored plan"
+        )
+    if saved.folded:
+        raise StorageError(f"{other}, and layers of the saved model are folded; strict=False needs it unfolded")
+    if saved.captured is None:
+        raise StorageError(
+            f"{other}, and the folder is of format 1, which does not know how biases were moved; load it with those "
+            "weights and save it again before strict=False"
+        )
+    return True
 
 
-def _match_sites(root: Path, program: Program, plan: Plan) -> dict[str, Site]:
+def _match_sites(root: Path, program: Program, plan: Plan) -> list[tuple[SitePlan, Site]]:
+    """The factored sites, each checked against its entry of the plan."""
     table = {site.name: site for site in program.find_sites().sites}
-    matched = {}
+    matched = []
     for entry in plan.factored:
         site = table.get(entry.name)
         if site is None:
@@ -245,15 +318,32 @@ def _match_sites(root: Path, program: Program, plan: Plan) -> dict[str, Site]:
                 f"{root}: {entry.name!r} is {site.out_features} x {site.in_features}, "
                 f"the plan says {entry.out_features} x {entry.in_features}"
             )
-        matched[entry.name] = site
+        form, rank = FORMS[entry.form], entry.rank
+        assert rank is not None
+        # No form needs more than a pair of full rank, whatever stands in the file.
+        most = (site.out_features + site.in_features) * min(site.out_features, site.in_features)
+        if not form.applies(site) or form.params(site, rank) > most:
+            raise StorageError(f"{root}: {entry.name!r} cannot have the form {entry.form!r} at rank {rank}")
+        if entry.pivots is not None and not form.regauges(site):
+            raise StorageError(f"{root}: {entry.name!r} cannot be re-gauged, the plan says that it is")
+        matched.append((entry, site))
     return matched
 
 
-def _empty_factors(program: Program, plan: Plan, site: Site) -> Factors:
-    """Factors of the planned shape; their values come from the file."""
-    entry = next(entry for entry in plan.factored if entry.name == site.name)
+def _empty_factors(root: Path, program: Program, entry: SitePlan, site: Site, stored: Mapping[str, Stored]) -> Factors:
+    """Factors of the planned shape, which is that in the file; their values come from there."""
     assert entry.rank is not None
     weight = program.weight(site)
+    for leaf, tensor in _blank(entry, site, weight.to("meta")).tensors.items():
+        found = stored.get(site.attribute(leaf))
+        if found is not None and found.shape != tensor.shape:
+            name = site.attribute(leaf)
+            raise StorageError(_differs(root, name, found.shape, found.dtype, tensor.shape, tensor.dtype))
+    return _blank(entry, site, weight)
+
+
+def _blank(entry: SitePlan, site: Site, weight: Tensor) -> Factors:
+    assert entry.rank is not None
     factors = FORMS[entry.form].blank(site, weight, entry.rank)
     if entry.pivots is None:
         return factors
@@ -262,49 +352,11 @@ def _empty_factors(program: Program, plan: Plan, site: Site) -> Factors:
     return replace(factors, factor_in=columns, gauge=Gauge(entry.pivots, order))
 
 
-def _plain_name(name: str) -> str:
-    if Path(name).name != name or not name.endswith(".safetensors"):
-        raise ValueError(f"{name!r} is not a plain file name")
-    return name
-
-
-# ---- example calls as JSON -------------------------------------------------------------------------------------------
-
-
-def _encode(value: Any) -> Any:
-    """Nested containers, scalars and tensors (as dtype and shape) as JSON data; None where something else occurs."""
-    try:
-        return _encode_strict(value)
-    except TypeError:
-        return None
-
-
-def _encode_strict(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {"tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_encode_strict(item) for item in value]}
-    if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _encode_strict(item) for key, item in value.items()}}
-    raise TypeError(type(value).__name__)
-
-
-def _decode(data: Any) -> Any:
-    if data is None:
-        return None
-    ((kind, value),) = data.items()
-    if kind == "tensor":
-        dtype = getattr(torch, value[0])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{value[0]!r} is not a dtype")
-        return torch.zeros([int(size) for size in value[1]], dtype=dtype)
-    if kind == "value":
-        return value
-    if kind == "dict":
-        return {key: _decode(item) for key, item in value.items()}
-    if kind in ("list", "tuple"):
-        items = [_decode(item) for item in value]
-        return items if kind == "list" else tuple(items)
-    raise ValueError(f"unknown kind {kind!r}")
+def _check_order(root: Path, module: nn.Module, entry: SitePlan, site: Site) -> None:
+    """Each input must stand once in the order in which inputs are gathered."""
+    if not entry.gathered:
+        return
+    state = module.state_dict()
+    for name in (site.attribute(ORDER), *(f"{call.node}.{ORDER}" for call in site.calls)):
+        if name in state and not torch.equal(state[name].sort().values.cpu(), torch.arange(site.in_features)):
+            raise StorageError(f"{root}: tensor {name!r} is not an order of {site.in_features} inputs")

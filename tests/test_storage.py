@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lowrank_fx
-from lowrank_fx import Keep, storage
+from lowrank_fx import Keep, storage, weight_files
 from lowrank_fx._files import sha256_file
 from lowrank_fx.errors import StorageError
 from lowrank_fx.latency import PairedTiming
@@ -106,9 +106,17 @@ def edit_plan(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def replace_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Other tensors in the weights file, with a plan that vouches for them."""
+    save_file(tensors, weights_of(folder))
+    vouch(folder, list(tensors))
+
+
+def vouch(folder: Path, names: list[str] | None = None) -> None:
+    """Let the plan say of the weights file what it is now."""
     path = weights_of(folder)
-    save_file(tensors, path)
-    edit_plan(folder, lambda data: data["weights"].update(sha256=sha256_file(path)))
+    entry: dict[str, Any] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    if names is not None:
+        entry["tensors"] = names
+    edit_plan(folder, lambda data: data["weights"]["files"][0].update(entry))
 
 
 # ---- round trips -----------------------------------------------------------------------------------------------------
@@ -148,8 +156,8 @@ def test_the_file_holds_each_tensor_once_and_the_user_s_model_stays(model: Net, 
         for parameter in loaded.parameters():
             parameter.zero_()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-    names = load_file(weights_of(saved)).keys()
-    assert {"conv.factor_in", "conv.factor_out", "two.factor_in"} <= names
+    names = [name for name in load_file(weights_of(saved)) if not name.startswith(storage.CAPTURED)]
+    assert set(names) >= {"conv.factor_in", "conv.factor_out", "two.factor_in"}
     assert len({tensor.data_ptr() for tensor in loaded.state_dict().values()}) == len(names)
 
 
@@ -234,7 +242,12 @@ def test_another_shape_dtype_or_set_of_tensors_is_refused_by_name(model: Net, sa
 
 def test_a_plan_for_another_layer_or_size_is_refused(model: Net, saved: Path) -> None:
     text = (saved / "plan.json").read_text()
-    edit_plan(saved, lambda data: data["plan"]["sites"][0].update(name="nowhere"))
+
+    def rename(data: dict[str, Any]) -> None:
+        data["plan"]["sites"][0]["name"] = "nowhere"
+        data["captured"]["gaps"]["nowhere"] = data["captured"]["gaps"].pop("conv")
+
+    edit_plan(saved, rename)
     with pytest.raises(StorageError, match="the plan factors 'nowhere', which is no layer of this model"):
         load(model, saved)
     (saved / "plan.json").write_text(text)
@@ -263,15 +276,16 @@ def test_damaged_weights_are_refused(model: Net, saved: Path) -> None:
     path = weights_of(saved)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
-    with pytest.raises(StorageError, match=r"damaged: its checksum is not the one in plan\.json"):
+    with pytest.raises(StorageError, match=rf"damaged: it has {len(whole) - 8} bytes, plan\.json says {len(whole)}"):
         load(model, saved)
-    edit_plan(saved, lambda data: data["weights"].update(sha256=sha256_file(path)))
+    vouch(saved)
     with pytest.raises(StorageError, match="not a safetensors file"):
         load(model, saved)
     flipped = bytearray(whole)
     flipped[-1] ^= 1
     path.write_bytes(flipped)
-    with pytest.raises(StorageError, match="checksum"):
+    edit_plan(saved, lambda data: data["weights"]["files"][0].update(bytes=len(whole)))
+    with pytest.raises(StorageError, match=r"damaged: its checksum is not the one in plan\.json"):
         load(model, saved)
     path.unlink()
     with pytest.raises(StorageError, match=r"the file that plan\.json names is missing"):
@@ -288,14 +302,18 @@ def test_a_missing_or_unreadable_plan_is_refused(model: Net, saved: Path, tmp_pa
     with pytest.raises(StorageError, match=r"plan\.json is not valid JSON"):
         load(model, saved)
     (saved / "plan.json").write_text("[]")
-    with pytest.raises(StorageError, match="format 1 is expected, the file says 'list'"):
+    with pytest.raises(StorageError, match="a format from 1 to 2 is expected, the file says 'list'"):
         load(model, saved)
 
 
 def test_another_format_version_is_refused(model: Net, saved: Path) -> None:
-    edit_plan(saved, lambda data: data.update(format=2))
-    with pytest.raises(StorageError, match="format 1 is expected, the file says 2"):
+    edit_plan(saved, lambda data: data.update(format=3))
+    with pytest.raises(StorageError, match=r"of format 3, which is newer than format 2, .* upgrade lowrank_fx"):
         load(model, saved)
+    for older in (0, -1, True, 2.0, "2", None):
+        edit_plan(saved, lambda data, older=older: data.update(format=older))  # type: ignore[misc]
+        with pytest.raises(StorageError, match=f"a format from 1 to 2 is expected, the file says {older!r}"):
+            load(model, saved)
 
 
 def _replace(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -308,7 +326,8 @@ def _replace(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         *(_replace(key, None) for key in ("plan", "base", "weights")),
         _replace("timing", {"speed": 2}),
         _replace("base", {"conv.weight": {"shape": 3}}),
-        _replace("weights", {"file": 3, "sha256": ""}),
+        _replace("weights", {"files": [{"file": 3, "sha256": "", "bytes": 1, "tensors": []}]}),
+        _replace("weights", {"files": []}),
         _replace("call", {"tensor": ["load", [2]]}),
         _replace("call", {"tensor": ["float32", [-2]]}),
         _replace("call", {"tensor": ["float32", [2**62, 2**62]]}),
@@ -331,7 +350,7 @@ def test_a_weights_file_outside_of_the_folder_is_refused(model: Net, saved: Path
     (saved / "sub").mkdir()
     for place in (saved.parent, saved / "sub"):
         (place / path.name).write_bytes(path.read_bytes())
-    edit_plan(saved, lambda data: data["weights"].update(file=name.replace("{}", path.name)))
+    edit_plan(saved, lambda data: data["weights"]["files"][0].update(file=name.replace("{}", path.name)))
     with pytest.raises(StorageError, match=r"plan\.json: damaged: .*is not a plain file name"):
         load(model, saved)
 
@@ -346,9 +365,8 @@ def test_pickles_are_never_opened(model: Net, fast: LowRankModule, saved: Path) 
     for name in ("pytorch_model.bin", "model.pt", "plan.pkl"):
         (saved / name).write_bytes(bomb)
     assert same(load(model, saved), fast, batches()[0])
-    path = weights_of(saved)
-    path.write_bytes(bomb)
-    edit_plan(saved, lambda data: data["weights"].update(sha256=sha256_file(path)))
+    weights_of(saved).write_bytes(bomb)
+    vouch(saved)
     with pytest.raises(StorageError, match="not a safetensors file"):
         load(model, saved)
 
@@ -430,7 +448,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(weight_files, "save_file", full)
     with pytest.raises(StorageError, match=r"the model could not be saved: .*No space left"):
         fast.save(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
