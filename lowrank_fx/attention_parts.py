@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank_fx.attention import SEPARATE, OpenAttention, OutProjection, Projection, parts_of, projections
-from lowrank_fx.modules import is_computed, is_stand_in
+from lowrank_fx.modules import FACTORS, is_computed, is_stand_in
 
 Parts: TypeAlias = tuple[tuple[int, ...], ...]
 """Which of query (0), key (1) and value (2) one product of a packed in-projection computes, for every product."""
@@ -170,15 +170,16 @@ def adopt(tree: nn.Module) -> None:
                 attention._parameters[projection.parameter(leaf)] = value
             projection._parameters.clear()
             dense = projection.names["weight"]
-            if is_stand_in(projection):
-                attention._parameters.pop(dense, None)
+            stale = [dense] if is_stand_in(projection) else [f"{dense}_{leaf}" for leaf in FACTORS]
+            for name in stale:
+                attention._parameters.pop(name, None)
 
 
 def close_attentions(tree: nn.Module) -> None:
-    """Make opened attentions plain ones again, in place; their projections are dense."""
+    """Make opened attentions plain ones again, in place, where all of their projections are dense."""
     joined: dict[tuple[int, ...], nn.Parameter] = {}
     for attention in tree.modules():
-        if not isinstance(attention, OpenAttention):
+        if not isinstance(attention, OpenAttention) or any(map(is_stand_in, attention.modules())):
             continue
         values: dict[str, Any] = {}
         for name in attention.order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from lowrank_fx import rewrite
 from lowrank_fx._memory import distinct_numbers
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import Captured
-from lowrank_fx.forms import Factors
+from lowrank_fx.forms import Factors, forms_for
 from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
+from lowrank_fx.passes.restore_pairs import MergedPair
 from lowrank_fx.program import Factored, Outputs, Program, Trials
 from lowrank_fx.signature import CallSignature
-from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.sites import LeftAlone, Site, SiteTable, site_table
 from lowrank_fx.walk import Walk
 
 
@@ -35,25 +37,34 @@ class GraphProgram(Program):
         calls: how it is called.
         cleanup: what was folded before sites were found.
         notes: what the user should know.
+        pairs: that the model came with and the graph has as one layer each, by the name of the product. What the
+            program costs is what it costs with them; they come back where they are not factored anew.
     """
 
     way = "export"
     module: GraphModule
 
     def __init__(
-        self, module: GraphModule, calls: CallSignature, cleanup: tuple[str, ...] = (), notes: tuple[str, ...] = ()
+        self,
+        module: GraphModule,
+        calls: CallSignature,
+        cleanup: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+        pairs: Mapping[str, MergedPair] | None = None,
     ) -> None:
         self.module = module
         self.calls = calls
         self.cleanup = cleanup
         self.notes = notes
+        self.pairs = dict(pairs or {})
 
     @classmethod
     def from_capture(cls, captured: Captured) -> GraphProgram:
         """Clean a captured graph up, in place."""
-        results = PassManager(order.cleanup()).run(captured.graph_module)
+        pairs: dict[str, MergedPair] = {}
+        results = PassManager((*order.cleanup(), *order.pairing(pairs))).run(captured.graph_module)
         changes = tuple(change for _, result in results for change in result.changes)
-        return cls(captured.graph_module, captured.calls, changes, captured.notes)
+        return cls(captured.graph_module, captured.calls, changes, captured.notes, pairs)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call in the captured form; see :meth:`CallSignature.bind`."""
@@ -69,8 +80,28 @@ class GraphProgram(Program):
         return self.module(*call.args, **call.kwargs)
 
     def find_sites(self, skip: Sequence[str] = ()) -> SiteTable:
-        """Sites by the table of operators."""
-        return find_sites(self.module, skip)
+        """Sites by the table of operators; a pair that the model came with is one site."""
+        table = find_sites(self.module, skip)
+        if not self.pairs:
+            return table
+        sites = [replace(site, pair=self._pair_of(site)) for site in table.sites]
+        strange = [site.name for site in sites if site.weight in self.pairs and site.pair is None]
+        reason = "it came as factors that no form makes"
+        left_alone = [*table.left_alone, *(LeftAlone(name, reason) for name in strange)]
+        kept = [site for site in sites if site.name not in strange]
+        return site_table(kept, (tap for site in kept for tap in table.taps_of(site)), left_alone)
+
+    def _pair_of(self, site: Site) -> tuple[str, int] | None:
+        """Form and rank of the pair that a site came as; None where it came as none, or as one that no form makes."""
+        if site.weight not in self.pairs:
+            return None
+        shapes = self.pairs[site.weight].shapes
+        rank = shapes[-1][1]
+        for form in forms_for(site, None):
+            blank = form.blank(site, self.weight(site), rank)
+            if tuple(tuple(tensor.shape) for tensor in blank.tensors.values()) == shapes:
+                return form.name, rank
+        return None
 
     def weight(self, site: Site) -> Tensor:
         """The parameter of a site."""
@@ -79,7 +110,7 @@ class GraphProgram(Program):
     def params(self) -> int:
         """Numbers in the parameters that the graph reads."""
         # A copy holds only what the graph reads, as the result will.
-        return distinct_numbers(rewrite.copy_graph_module(self.module, clone=False).parameters())
+        return distinct_numbers(self._as_it_came().parameters())
 
     def observed(self, table: SiteTable, observers: Mapping[str, nn.Module]) -> Callable[[Call], Outputs]:
         """A copy of the graph with the observers in it."""
@@ -90,7 +121,7 @@ class GraphProgram(Program):
 
     def count_flops(self, call: Call) -> int:
         """FLOPs of the graph on ``call``; nothing is computed."""
-        return count_flops(self.module, call)
+        return count_flops(self._as_it_came(), call)
 
     def trials(self, call: Call, sites: Sequence[Site], base: Factored | None = None) -> Trials:
         """Walk the graph once; at a site's first call the walk forks, so only the part behind the site runs again."""
@@ -139,7 +170,11 @@ class GraphProgram(Program):
 
     def factorize(self, factored: Factored, *, clone: bool) -> GraphProgram:
         """A rewritten copy of the graph."""
-        return self._with(rewrite.factorize(self.module, factored, clone=clone))
+        return self._with(rewrite.factorize(self.module, factored, tuple(self.pairs.values()), clone=clone))
+
+    def unfoldable(self, sites: Mapping[str, Site]) -> dict[str, str]:
+        """Sites whose pairs are not in the graph, or whose middle value has another user."""
+        return rewrite.unfoldable(self.module, sites)
 
     def fold(self, sites: Mapping[str, Site]) -> GraphProgram:
         """A copy of the graph with the pairs multiplied out."""
@@ -147,7 +182,7 @@ class GraphProgram(Program):
 
     def copy(self) -> GraphProgram:
         """A copy that owns its tensors."""
-        return self._with(rewrite.copy_graph_module(self.module, clone=True))
+        return self._with(rewrite.copy_graph_module(self.module, clone=True), self.pairs)
 
     def train(self, mode: bool) -> None:
         """Set the flag of the graph's modules; what the graph computes stays that of eval mode."""
@@ -165,8 +200,14 @@ class GraphProgram(Program):
             node.kwargs = torch.fx.node.map_aggregate(node.kwargs, follow)
         self.module.recompile()
 
-    def _with(self, module: GraphModule) -> GraphProgram:
-        return GraphProgram(module, self.calls, self.cleanup, self.notes)
+    def _as_it_came(self) -> GraphModule:
+        """A copy of the graph with its pairs back in place, sharing its tensors."""
+        if not self.pairs:
+            return rewrite.copy_graph_module(self.module, clone=False)
+        return rewrite.factorize(self.module, {}, tuple(self.pairs.values()), clone=False)
+
+    def _with(self, module: GraphModule, pairs: Mapping[str, MergedPair] | None = None) -> GraphProgram:
+        return GraphProgram(module, self.calls, self.cleanup, self.notes, pairs)
 
 
 def run_flat(gm: GraphModule, call: Call) -> Outputs:

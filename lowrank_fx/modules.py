@@ -44,7 +44,10 @@ _REASONS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-_REPLACED = ("weight", "bias", "factor_in", "factor_mid", "factor_out", "gauge_order")
+FACTORS = ("factor_in", "factor_mid", "factor_out")
+"""The names of a stand-in's factors."""
+
+_REPLACED = ("weight", "bias", *FACTORS, "gauge_order")
 
 _OWN = ("plain", "transposed", "pivots")
 """Attributes that a stand-in has besides those of the layer."""

@@ -1,8 +1,9 @@
 """A captured model, whichever way it was captured: what the stages behind capture need of it.
 
-There are two kinds: a graph (``graph_program.py``) and, for models that ``torch.export`` refuses, the model's own
-module tree (``tree_program.py``). Both share parameters with the user's model, know their sites, can be observed, can
-be run with some of their layers exchanged, and can be rewritten. A rewritten program is a program again.
+There are three kinds: a graph (``graph_program.py``); for models that ``torch.export`` refuses, the model's own module
+tree (``tree_program.py``); and an ONNX model that onnxruntime runs (``onnx_frontend/program.py``). The first two share
+parameters with the user's model. All know their sites, can be observed, can be run with some of their layers exchanged,
+and can be rewritten. A rewritten program is a program again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lowrank_fx.capture import device_of
 from lowrank_fx.forms import Factors
 from lowrank_fx.sites import Site, SiteTable
 
-Way: TypeAlias = Literal["export", "modules"]
+Way: TypeAlias = Literal["export", "modules", "onnx"]
 
 Factored: TypeAlias = Mapping[str, tuple[Site, Factors]]
 """Sites with their factors, by site name."""
@@ -137,8 +138,12 @@ class Program(ABC):
         """
 
     @abstractmethod
+    def unfoldable(self, sites: Mapping[str, Site]) -> dict[str, str]:
+        """Of a factored program, the sites whose pairs cannot be multiplied out, with the reasons."""
+
+    @abstractmethod
     def fold(self, sites: Mapping[str, Site]) -> Program:
-        """A factored program with one dense operator per site again; shares no tensor with this one."""
+        """A factored program with one dense operator for each given site again; shares no tensor with this one."""
 
     @abstractmethod
     def copy(self) -> Program:

@@ -6,7 +6,7 @@ tensors, so that nothing it does can reach the user's model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -17,6 +17,8 @@ from lowrank_fx.errors import PassError
 from lowrank_fx.forms import Factors
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
+from lowrank_fx.passes.fold_factors import why_not
+from lowrank_fx.passes.restore_pairs import MergedPair
 from lowrank_fx.passes.untie_embeddings import retie
 from lowrank_fx.sites import Site
 
@@ -62,25 +64,43 @@ def _copy_graph(graph: Graph) -> Graph:
     return copied
 
 
-def factorize(gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], *, clone: bool) -> GraphModule:
+def factorize(
+    gm: GraphModule, factored: Mapping[str, tuple[Site, Factors]], pairs: Sequence[MergedPair] = (), *, clone: bool
+) -> GraphModule:
     """A copy of the clean captured graph with the given sites factored.
 
     Args:
         gm: the clean captured graph; unchanged.
         factored: the site and its factors, by site name.
+        pairs: that the model came with; those that are not factored anew come back.
         clone: whether tensors that are not factored are cloned.
     """
     # Weights that are about to be replaced are not cloned first: the passes delete them.
     rewritten = copy_graph_module(gm, clone=False)
-    PassManager(order.rewriting(factored)).run(rewritten)
+    anew = {site.weight for site, _ in factored.values()}
+    PassManager(order.rewriting(factored, [pair for pair in pairs if pair.weight not in anew])).run(rewritten)
     if clone:
         return copy_graph_module(rewritten, clone=True)
     retie(rewritten)  # a head that stayed dense is its embedding again
     return rewritten
 
 
+def unfoldable(gm: GraphModule, sites: Mapping[str, Site]) -> dict[str, str]:
+    """The sites whose factors cannot be folded, with the reasons."""
+    reasons = {name: why_not(gm, site) for name, site in sites.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def fold(gm: GraphModule, sites: Mapping[str, Site]) -> GraphModule:
-    """A copy of a factored graph, sharing no tensor with it, with one dense operator per site."""
+    """A copy of a factored graph, sharing no tensor with it, with one dense operator for each of the given sites.
+
+    Args:
+        gm: the factored graph; unchanged.
+        sites: by name; others stay factored.
+
+    Raises:
+        PassError: one of them cannot be folded; :func:`unfoldable` tells which.
+    """
     folded = copy_graph_module(gm, clone=False)
     ((_, result),) = PassManager(order.folding(sites)).run(folded)
     if result.refusals and max_rewrites() is None:

@@ -74,6 +74,7 @@ class Site:
         groups: into how many blocks of rows the matrix divides, each applied to its own part of the input.
         tied: something that cannot be factored (an embedding) reads the same weight, so the dense weight stays in use:
             factoring saves FLOPs and adds parameters.
+        pair: form and rank of the pair that it came as, whose product the weight is: what ``dense`` then means.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Site:
     centered: bool
     groups: int = 1
     tied: bool = False
+    pair: tuple[str, int] | None = None
 
     @property
     def biases(self) -> tuple[str, ...]:
@@ -167,6 +169,16 @@ def site_name(fqn: str) -> str:
     return owner if own == "weight" and owner else fqn
 
 
+def matches(pattern: str, fqn: str) -> bool:
+    """Whether a pattern (``fnmatch``) means the layer that the weight ``fqn`` makes.
+
+    >>> matches("*.pooler.*", "pooler.dense.weight"), matches("pooler", "pooler.dense.weight")
+    (True, False)
+    """
+    name = site_name(fqn)
+    return any(fnmatchcase(text, pattern) for text in (name, fqn, "." + name, "." + fqn))
+
+
 class Skip:
     """The layers that the user wants left alone.
 
@@ -181,10 +193,8 @@ class Skip:
 
     def reason(self, fqn: str) -> str | None:
         """Why the weight ``fqn`` is skipped; None if it is not."""
-        name = site_name(fqn)
-        self._seen.append(name)
-        texts = (name, fqn, "." + name, "." + fqn)
-        matched = [pattern for pattern in self.patterns if any(fnmatchcase(text, pattern) for text in texts)]
+        self._seen.append(site_name(fqn))
+        matched = [pattern for pattern in self.patterns if matches(pattern, fqn)]
         for pattern in matched:
             self._unmatched.pop(pattern, None)
         return f"skipped by the pattern {matched[0]!r}" if matched else None

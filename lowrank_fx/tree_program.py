@@ -219,17 +219,27 @@ class TreeProgram(Program):
                 module.__dict__[attribute] = OrderedDict({**merged, **current})
         return self._with(tree)
 
+    def unfoldable(self, sites: Mapping[str, Site]) -> dict[str, str]:
+        """Sites without stand-ins; the middle value of a stand-in is its own."""
+        return {
+            name: "the module tree has no pair of this name"
+            for name, site in sites.items()
+            if not all(is_stand_in(self.module.get_submodule(call.node)) for call in site.calls)
+        }
+
     def fold(self, sites: Mapping[str, Site]) -> TreeProgram:
-        """A copy of the tree with plain layers again."""
+        """A copy of the tree with plain layers in the places of these sites' stand-ins."""
         tree = _share(self.module)
+        wanted = {id(tree.get_submodule(call.node)) for site in sites.values() for call in site.calls}
         folded: dict[int, nn.Module] = {}
         for name, module in list(tree.named_modules(remove_duplicate=False)):
-            if is_stand_in(module):
+            if id(module) in wanted and is_stand_in(module):
                 tree = swap(tree, name, folded.setdefault(id(module), dense(module)))
         for site in sites.values():  # what shared a weight shares it again
             first = tree.get_submodule(site.calls[0].node)
             for call in site.calls[1:]:
                 tree.get_submodule(call.node)._parameters["weight"] = first._parameters["weight"]
+        adopt(tree)
         close_attentions(tree)
         own_tensors(tree)
         return self._with(tree)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from lowrank_fx.graph_sites import is_transpose
+from lowrank_fx.graph_operators import is_transpose
 from lowrank_fx.passes.base import Refusal
 from lowrank_fx.passes.verify import attr_tensor, resolve_attr
 

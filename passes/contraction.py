@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lowrank_fx.graph_sites import is_transpose
+from lowrank_fx.graph_operators import is_transpose
 from lowrank_fx.passes.verify import attr_tensor
 
 Labels = tuple[str, ...]

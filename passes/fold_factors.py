@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -65,38 +66,19 @@ class FoldFactors(Pass):
         """Fold the factors of every site."""
         changes: list[str] = []
         refusals: list[Refusal] = []
-        readers = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
         for site in self.sites.values():
-            names = [site.attribute(leaf) for leaf in _LEAVES if site.attribute(leaf) in readers]
-            if not {site.attribute("factor_in"), site.attribute("factor_out")} <= set(names):
-                refusals.append(Refusal(site.name, "the graph has no pair of this name"))
-                continue
-            regauged, refusal = None, None
-            if site.kind == "linear" and get_parameter(gm, names[0]).shape[1] < site.in_features:
-                regauged = read_calls(gm, site)
-                chains = [[call.last] for call in regauged or ()]
-                refusal = _APART if regauged is None else None
-            else:
-                chains = [[node] for node in users_of_attr(gm, names[0])]
-                refusal = next(filter(None, (_extend(gm, chains, name) for name in names[1:])), None)
-            if refusal is not None:
-                refusals.append(Refusal(site.name, refusal))
-                continue
-            if not budget.take():
+            pair = _read_pair(gm, site)
+            if isinstance(pair, str):
+                refusals.append(Refusal(site.name, pair))
+            elif not budget.take():
                 refusals.append(budget.refusal(site.name))
-                continue
-            self._fold(gm, site, names, chains, regauged)
-            changes.append(f"{site.name} folded to {site.out_features} x {site.in_features}")
+            else:
+                self._fold(gm, site, pair)
+                changes.append(f"{site.name} folded to {site.out_features} x {site.in_features}")
         return PassResult(tuple(changes), tuple(refusals))
 
-    def _fold(
-        self,
-        gm: GraphModule,
-        site: Site,
-        names: Sequence[str],
-        chains: Sequence[Sequence[Node]],
-        regauged: Sequence[RegaugedCall] | None,
-    ) -> None:
+    def _fold(self, gm: GraphModule, site: Site, pair: _Pair) -> None:
+        names, chains, regauged = pair.names, pair.chains, pair.regauged
         tensors = [get_parameter(gm, name).detach() for name in names]
         mid = tensors[1] if len(tensors) == 3 else None
         factors = Factors(
@@ -123,6 +105,41 @@ class FoldFactors(Pass):
             for node in reversed(chain):
                 gm.graph.erase_node(node)
             folded.name = name
+
+
+def why_not(gm: GraphModule, site: Site) -> str | None:
+    """Why a site's factors cannot be folded; None where they can be."""
+    found = _read_pair(gm, site)
+    return found if isinstance(found, str) else None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A site's factors in a graph.
+
+    Attributes:
+        names: of the factors, in the order of their application.
+        chains: for each call of the site, the nodes that apply them; of a re-gauged pair the last one.
+        regauged: the calls of a re-gauged pair; None for any other.
+    """
+
+    names: Sequence[str]
+    chains: Sequence[Sequence[Node]]
+    regauged: Sequence[RegaugedCall] | None = None
+
+
+def _read_pair(gm: GraphModule, site: Site) -> _Pair | str:
+    """The factors of a site, or why they cannot be folded."""
+    readers = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    names = [site.attribute(leaf) for leaf in _LEAVES if site.attribute(leaf) in readers]
+    if not {site.attribute("factor_in"), site.attribute("factor_out")} <= set(names):
+        return "the graph has no pair of this name"
+    if site.kind == "linear" and get_parameter(gm, names[0]).shape[1] < site.in_features:
+        calls = read_calls(gm, site)
+        return _APART if calls is None else _Pair(names, [[call.last] for call in calls], calls)
+    chains = [[node] for node in users_of_attr(gm, names[0])]
+    refusal = next(filter(None, (_extend(gm, chains, name) for name in names[1:])), None)
+    return refusal or _Pair(names, chains)
 
 
 def _extend(gm: GraphModule, chains: Sequence[list[Node]], name: str) -> str | None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lowrank_fx._memory import memory_of
-from lowrank_fx.graph_sites import is_transpose
+from lowrank_fx.graph_operators import is_transpose
 from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
 from lowrank_fx.passes.constants import written_nodes
 from lowrank_fx.passes.edit import (

@@ -19,8 +19,7 @@ from lowrank_fx.errors import CaptureError, OptionError
 from lowrank_fx.forms import Channel, Factors, LowRank
 from lowrank_fx.hooks import ATTRIBUTES
 from lowrank_fx.modules import FactoredLinear, is_stand_in
-from lowrank_fx.pipeline import take
-from lowrank_fx.program import Way
+from lowrank_fx.pipeline import Capture, take
 from lowrank_fx.sites import Site
 from lowrank_fx.tree_program import TreeProgram
 
@@ -274,7 +273,7 @@ def test_probed_gives_the_values_of_layers_in_both_ways() -> None:
     model = nn.Sequential(first_layer, nn.ReLU(), last_layer).double().eval()
     call = Call((torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6),), {})
     hidden = first_layer(call.args[0])
-    captures: tuple[Way, ...] = ("export", "modules")
+    captures: tuple[Capture, ...] = ("export", "modules")
     for capture in captures:
         program = take(model, call, capture)
         first = program.find_sites().sites[0]

@@ -257,6 +257,8 @@ def dense_reference(model: nn.Module, fast: Any) -> tuple[nn.Module | None, str]
     norms = _folded_norms(fast.plan.cleanup)
     try:
         for site in sites.values():
+            if site.pair is not None:
+                raise _NoPlaceError(f"{site.name} came as a pair")
             weight = _product(site, _factors(fast, site))
             if site.tied:  # an embedding keeps the weight that the reference had in both places
                 _untie(reference, site.weight)
