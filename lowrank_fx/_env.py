@@ -6,6 +6,7 @@ variable                 legal values                  meaning
 LOWRANK_FX_CHECK         ``0`` (default), ``1``        verify the graph's invariants after every pass
 LOWRANK_FX_MAX_REWRITES  empty (default), integer >= 0  each run of a pass manager applies only its first N rewrites
 LOWRANK_FX_DUMP          empty (default), a folder     write the graph after every pass as readable text
+LOWRANK_FX_CACHE         empty (default), a folder     keep measured times there, not in the user's cache folder
 ======================== ============================= ==========================================================
 
 They are read when they are used, not at import, so a test or a bisection script can change them between runs.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import platformdirs
 
 from lowrank_fx.errors import OptionError
 
@@ -51,3 +54,9 @@ def dump_folder() -> Path | None:
     """The folder ``LOWRANK_FX_DUMP`` names, or None."""
     value = os.environ.get("LOWRANK_FX_DUMP", "").strip()
     return Path(value) if value else None
+
+
+def cache_folder() -> Path:
+    """The folder ``LOWRANK_FX_CACHE`` names, or that for this library in the user's cache folder; it need not exist."""
+    value = os.environ.get("LOWRANK_FX_CACHE", "").strip()
+    return Path(value) if value else platformdirs.user_cache_path("lowrank_fx", appauthor=False)

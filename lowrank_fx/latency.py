@@ -20,7 +20,9 @@ from lowrank_fx.errors import OptionError
 MAX_SECONDS = 10.0
 """How long a comparison may take on a machine so noisy that it does not become precise."""
 
-_TURN_SECONDS = 0.01
+TURN_SECONDS = 0.01
+"""How long a turn lasts, about; the clock's own steps and the work around a turn are nothing beside it."""
+
 _MOST_REPEATS = 1 << 16
 _PRECISE_ENOUGH = 0.005
 
@@ -43,6 +45,16 @@ class PairedTiming:
     spread: float
     rounds: int
 
+    @property
+    def error(self) -> float:
+        """The standard error of the median ratio, from ``spread`` (Gaussian: 1.2533 IQR / 1.349 / sqrt(n))."""
+        return _standard_error(self.spread, self.rounds)
+
+    @property
+    def faster(self) -> bool:
+        """Whether the candidate is not slower, the standard error of the measurement taken off."""
+        return self.speedup - self.error >= 1
+
 
 def paired_speedup(
     baseline: Callable[[], object],
@@ -52,14 +64,14 @@ def paired_speedup(
     min_rounds: int = 7,
     max_seconds: float | None = None,
     warmup: int = 2,
+    turn_seconds: float = TURN_SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PairedTiming:
     """Measure how much faster ``candidate`` is than ``baseline``.
 
-    A round times both, in the order A B and then B A in turn. A turn repeats its callable until it lasts about 10 ms or
-    more; accelerators are synchronized before the clock is read. After ``min_rounds`` further rounds follow until the
-    standard error of the median ratio, estimated from the interquartile range (Gaussian: 1.2533 IQR / 1.349 / sqrt(n)),
-    is at most 0.5 % of it, or ``max_seconds`` are over.
+    A round times both, in the order A B and then B A in turn. A turn repeats its callable until it lasts about
+    ``turn_seconds`` or more; accelerators are synchronized before the clock is read. After ``min_rounds`` further
+    rounds follow until the standard error of the median ratio is at most 0.5 % of it, or ``max_seconds`` are over.
 
     Args:
         baseline: called without arguments; its result is dropped. Gradient modes are the caller's.
@@ -68,6 +80,7 @@ def paired_speedup(
         min_rounds: rounds that are always run, at least 1, however long they take.
         max_seconds: no further round starts after this many seconds, warm-up not counted; ``MAX_SECONDS`` by default.
         warmup: calls of each before anything is timed (compilation, caches), at least 0.
+        turn_seconds: how long a turn lasts at least; shorter ones measure sooner, and each of them less precisely.
         clock: seconds that never go back; replaced in tests.
 
     Raises:
@@ -95,8 +108,8 @@ def paired_speedup(
     gc.disable()
     try:
         started = clock()
-        baseline_repeats = _repeats(baseline, turn)
-        candidate_repeats = _repeats(candidate, turn)
+        baseline_repeats = _repeats(baseline, turn, turn_seconds)
+        candidate_repeats = _repeats(candidate, turn, turn_seconds)
         baseline_times: list[float] = []
         candidate_times: list[float] = []
         ratios: list[float] = []
@@ -122,21 +135,25 @@ def paired_speedup(
     )
 
 
-def _repeats(function: Callable[[], object], turn: Callable[[Callable[[], object], int], float]) -> int:
+def _repeats(function: Callable[[], object], turn: Callable[[Callable[[], object], int], float], aim: float) -> int:
     repeats = 1
     while repeats < _MOST_REPEATS:
         seconds = turn(function, repeats)
-        if seconds >= _TURN_SECONDS:
+        if seconds >= aim:
             break
         # At most 8 times more at once: the first calls are the slowest, so the estimate is too small.
-        needed = math.ceil(repeats * _TURN_SECONDS / seconds) if seconds > 0 else _MOST_REPEATS
+        needed = math.ceil(repeats * aim / seconds) if seconds > 0 else _MOST_REPEATS
         repeats = min(max(needed, repeats + 1), 8 * repeats, _MOST_REPEATS)
     return repeats
 
 
 def _is_precise(ratios: list[float]) -> bool:
-    error = 1.2533 * _interquartile_range(ratios) / 1.349 / math.sqrt(len(ratios))
+    error = _standard_error(_interquartile_range(ratios), len(ratios))
     return len(ratios) > 1 and error <= _PRECISE_ENOUGH * statistics.median(ratios)
+
+
+def _standard_error(spread: float, rounds: int) -> float:
+    return 1.2533 * spread / 1.349 / math.sqrt(max(rounds, 1))
 
 
 def _interquartile_range(values: list[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -16,8 +16,12 @@ from lowrank_fx.capture import device_of, preserved, unwrap
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.corrections import Made
 from lowrank_fx.errors import LowRankError, OptionError
+from lowrank_fx.exporting import Exporting
 from lowrank_fx.fingerprint import base_weights
+from lowrank_fx.folding import FoldedSites, choose_sites, folded_plan
 from lowrank_fx.latency import PairedTiming, paired_speedup
+from lowrank_fx.measuring import refused_by_compile, share_of_sites, site_times
+from lowrank_fx.payoff import settle
 from lowrank_fx.plan import Plan
 from lowrank_fx.program import Program
 from lowrank_fx.refine_options import Refine
@@ -25,12 +29,13 @@ from lowrank_fx.refinement import refined_plan
 from lowrank_fx.report import Report
 from lowrank_fx.session import Session
 from lowrank_fx.storage import Artifact
-from lowrank_fx.targets import Metric, Target, Tolerance, check_target
+from lowrank_fx.targets import Keep, Target, check_target, obeys_speed
+from lowrank_fx.timings import SiteSpeed
+from lowrank_fx.transfer import Before
+from lowrank_fx.weight_files import MAX_SHARD_SIZE
 
-SLOWER = "the factored model measured slower than the original, so the original came back"
 
-
-class LowRankModule(nn.Module):
+class LowRankModule(Exporting, nn.Module):
     """A model with factored layers: same inputs, same outputs and output classes, its own weights.
 
     Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
@@ -90,7 +95,7 @@ class LowRankModule(nn.Module):
 
     def report(self) -> Report:
         """A row per layer, and what the whole plan costs and does; ``print`` it, or ask it ``to_html()``."""
-        return Report(self.plan, self.timing)
+        return Report(self.plan, self.timing, self.artifact.speeds)
 
     def replan(self, target: Target, *, refine: Refine | None = None) -> LowRankModule:
         """The model for another target, from the same calibration: no data is read again.
@@ -118,21 +123,46 @@ class LowRankModule(nn.Module):
                 refine=refine,
             )
 
-    def fold(self) -> LowRankModule:
-        """The same model with one dense operator per site again, for runtimes that want it; shares no tensor."""
-        source = self.artifact
-        with settled(source.program.device):
-            program = source.program.copy() if source.folded else source.program.fold(source.sites)
-        folded = Artifact(program, source.plan, source.sites, source.base, None, folded=True)
-        return LowRankModule(folded, None, compile=self.compiled)
+    def fold(self, sites: FoldedSites = None) -> LowRankModule:
+        """The same model with one dense operator per layer again, for runtimes that want it; shares no tensor.
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``plan.json`` and the weights into ``folder``; :func:`lowrank_fx.load` reads them back.
+        A pair whose middle value something else reads too stays as it is; the plan's notes say so. The plan keeps the
+        forms and ranks, and tells the costs of what the model is now.
+
+        Args:
+            sites: patterns of layer names (``fnmatch``, as ``skip``), or a plan, for the layers that it leaves dense or
+                does not hold; the others stay factored. None for every layer.
 
         Raises:
+            OptionError: a pattern matches no factored layer.
+        """
+        source = self.artifact
+        chosen = {name: site for name, site in choose_sites(source.sites, sites).items() if name not in source.folded}
+        with settled(source.program.device):
+            refused = source.program.unfoldable(chosen)
+            folded = {name: site for name, site in chosen.items() if name not in refused}
+            program = source.program.fold(folded) if folded else source.program.copy()
+        plan = folded_plan(source.plan, folded, refused)
+        done = tuple(name for name in source.sites if name in folded or name in source.folded)
+        speeds = {name: speed for name, speed in source.speeds.items() if name not in done}
+        made = Artifact(program, plan, source.sites, source.base, None, done, speeds=speeds)
+        return LowRankModule(made, None, compile=self.compiled)
+
+    def save(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+        """Write ``plan.json`` and the weights into ``folder``; :func:`lowrank_fx.load` reads them back.
+
+        Killed half-way, it leaves what was there before, or what is there now.
+
+        Args:
+            folder: the directory; made if it does not exist.
+            max_shard_size: the weights are divided into files of at most this size, such as ``"5GB"`` or a number of
+                bytes.
+
+        Raises:
+            OptionError: ``max_shard_size`` is no size.
             StorageError: the folder cannot be written.
         """
-        storage.save(self.artifact, folder)
+        storage.save(self.artifact, folder, max_shard_size)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training flag; what a captured graph computes stays that of eval mode, a module tree obeys."""
@@ -166,7 +196,7 @@ class LowRankModule(nn.Module):
         totals, factored = self.plan.totals, len(self.plan.factored)
         return (
             f"LowRankModule({self.plan.target}: {factored} of {len(self.plan.sites)} layers factored"
-            f"{' and folded' if self.artifact.folded else ''}, "
+            f"{f', {len(self.artifact.folded)} folded back' if self.artifact.folded else ''}, "
             f"{totals.kept('params', 'model'):.1%} of parameters, {totals.kept('flops', 'model'):.1%} of FLOPs, "
             f"error {self.plan.error:.3g})"
         )
@@ -201,10 +231,11 @@ def build(
             f"{changed[0]!r} of the original model has changed since it was calibrated, so nothing that was measured "
             "holds for it; call optimize again"
         )
-    plan, chosen = session.plan(target)
-    if compile and (cause := _refused_by_compile(session)) is not None:
-        compile = False
-        plan = replace(plan, notes=(*plan.notes, f"it runs without torch.compile, which refuses this model: {cause}"))
+    cause = refused_by_compile(session) if compile else None
+    compile = compile and cause is None
+    by_time = isinstance(target, Keep) and target.latency is not None
+    times = site_times(session, compiled=compile) if compile or by_time else None
+    last: list[tuple[Made, LowRankModule]] = []
 
     def make(plan: Plan, chosen: Made, program: Program) -> LowRankModule:
         sites = {name: site for name, (site, _) in chosen.factored.items()}
@@ -213,17 +244,38 @@ def build(
     def unrefined(plan: Plan, chosen: Made) -> LowRankModule:
         return make(plan, chosen, chosen.into(session.program, clone=clone))
 
-    if not chosen.factored:
-        return unrefined(plan, chosen)
-    if refine is None:
-        made = unrefined(plan, chosen)
+    def time_of(plan: Plan, chosen: Made) -> PairedTiming:
+        last[:] = [(chosen, unrefined(plan, chosen))]
+        return measure(session, last[0][1])
+
+    own = session.aimed(target, times)
+    speeds: Mapping[str, SiteSpeed] = {}
+    timing: PairedTiming | None = None
+    if obeys_speed(target):
+        if times is not None:
+            if by_time:
+                times.share_of_sites = share_of_sites(session, times)
+            times.survey()
+        _, (plan, chosen, _), speeds, timing = settle(own, target, time_of)
+        plan = replace(plan, notes=(*plan.notes, *(times.notes if times is not None else ())))
     else:
+        plan, chosen, _ = own.planned(target)
+        speeds = times.speeds(plan) if times is not None else {}
+    if cause is not None:
+        plan = replace(plan, notes=(*plan.notes, f"it runs without torch.compile, which refuses this model: {cause}"))
+    if refine is not None and chosen.factored:
         plan, program = refined_plan(session, plan, chosen, refine, checkpoint)
         made = make(plan, chosen, program)
-    timing = measure(session, made)
-    if isinstance(target, Tolerance | Metric) and timing.speedup < 1:
-        return unrefined(session.dense_plan(plan, SLOWER), Made({}))
-    made.artifact.timing = timing
+    elif last and last[0][0] is chosen:
+        made = last[0][1]
+        made.artifact.plan = plan
+    else:
+        made = unrefined(plan, chosen)
+    if chosen.factored:
+        made.artifact.timing = timing if timing is not None else measure(session, made)
+    made.artifact.speeds = speeds
+    own_sites, module = made.artifact.sites, made.artifact.program.module
+    made.artifact.before = Before.of(session.program, own_sites, plan.factored, module)
     return made
 
 
@@ -240,19 +292,6 @@ def check_refine(refine: object, *, clone: bool) -> Refine | None:
             f"refine={refine!r} changes biases and norms, which copy=False shares with the model; pass copy=True"
         )
     raise OptionError(f"refine={refine!r}: give Refine(), such as Refine(steps=500), or None")
-
-
-def _refused_by_compile(session: Session) -> str | None:
-    """Why ``torch.compile`` cannot run a model that was taken as a module tree; its graphs it always can."""
-    if session.program.way == "export":
-        return None
-    call = session.calibration.effect_batches[0].call.map(torch.clone)
-    try:
-        with preserved(session.model), torch.no_grad():
-            session.compiled_original()(*call.args, **call.kwargs)
-    except Exception as error:  # whatever the compiler and the model's Python may raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return None
 
 
 def measure(session: Session, candidate: LowRankModule) -> PairedTiming:

@@ -34,7 +34,7 @@ from lowrank_fx.module import LowRankModule, build, check_refine
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.program import Program
 from lowrank_fx.refine_options import Refine
-from lowrank_fx.refusal import ExportError
+from lowrank_fx.refusal import ExportRefusedError
 from lowrank_fx.session import Session
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.targets import Target, Tolerance, check_target
@@ -72,7 +72,12 @@ def optimize(
             not take are dropped), a tensor is the one argument, a tuple or list is positional and cut to what
             ``forward`` requires. About every fifth batch is held out to choose the plan and to report its error.
             Or a :class:`~lowrank_fx.calibration.Calibration` of this model, as :func:`calibrate` returns it.
-        target: ``Tolerance(error)``, ``Keep(params=share)``, ``Keep(flops=share)``, or ``Metric(fn, max_drop=drop)``.
+        target: ``Tolerance(error)``, ``Metric(fn, max_drop=drop)``, ``Keep(latency=share)``, ``Keep(params=share)`` or
+            ``Keep(flops=share)``. The first three never return a slower model: with ``compile`` (for a share of the
+            time in any case) layers are timed, dense and factored, and one is factored only where that measured
+            faster; if the model as a whole is not faster for it, layers are folded back until it is. What they give
+            depends on the clock of this machine. The last two obey their budget, and the report says where it does not
+            pay.
         skip: patterns of layers to leave alone, such as ``"*.pooler.*"``.
         planner: ``"budget"`` (the default: measured effects, the best of several allocations), ``"energy"`` or
             ``"uniform"``.
@@ -86,7 +91,8 @@ def optimize(
             batch size.
         sketch_size: force Frequent Directions sketches of this many rows on every tap.
         sketch_memory: bytes that all sketches may hold while they stay exact, such as ``"256MiB"``.
-        seed: chooses which rows are sampled. The same seed, model and data give the same plan, byte for byte.
+        seed: chooses which rows are sampled. The same seed, model and data give the same plan, byte for byte, for
+            targets that obey no clock.
         checkpoint: a folder that keeps the state of calibration, see :func:`calibrate`, and of refinement.
         refine: after the plan is made, let factors, biases and norms learn from the original on the calibration
             batches, without labels: ``Refine()``, or ``Refine(steps=..., lr=...)``.
@@ -328,7 +334,7 @@ def take(model: nn.Module, call: Call, capture: Capture = "auto") -> Program:
     except CaptureError as error:
         if capture == "export":
             raise
-        cause = error.cause if isinstance(error, ExportError) else str(error)
+        cause = error.cause if isinstance(error, ExportRefusedError) else str(error)
         return TreeProgram.from_model(model, (f"taken as a tree of modules, because {cause}",), example=call)
     if capture == "auto" and not captured.dynamic:
         reason = "taken as a tree of modules, because torch.export can capture it for one batch size only"
@@ -338,7 +344,12 @@ def take(model: nn.Module, call: Call, capture: Capture = "auto") -> Program:
 
 
 def load(
-    model: nn.Module, folder: str | os.PathLike[str], *, example: Any = None, compile: bool = True
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    example: Any = None,
+    compile: bool = True,
+    strict: bool = True,
 ) -> LowRankModule:
     """Read back what :meth:`LowRankModule.save` wrote.
 
@@ -347,6 +358,9 @@ def load(
         folder: the directory.
         example: a batch, needed only if the model's inputs could not be described in JSON.
         compile: run the result through ``torch.compile``.
+        strict: False takes a model whose weights are other ones of the same shapes, such as one that was trained on
+            since: the stored factors follow its weights as far as that can be done without data, and what is not
+            factored is its own. A note in the plan says so.
 
     Raises:
         StorageError: the folder is missing, damaged, or does not fit the model; the message names the layer.
@@ -354,7 +368,7 @@ def load(
     inner = unwrap(model)
     call = None if example is None else bind_batch(example, inspect.signature(inner.forward))
     with settled(device_of(inner)):
-        return LowRankModule(storage.load(inner, folder, call), None, compile=compile)
+        return LowRankModule(storage.load(inner, folder, call, strict=strict), None, compile=compile)
 
 
 def parse_bytes(size: int | str) -> int:

@@ -7,15 +7,16 @@ curve with the asked target and the knee marked on it. The page is self-containe
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lowrank_fx._render import Mark, count, environment, knee, number, percent, scaled, seconds, speed
 from lowrank_fx.double_sided import variant
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan, SitePlan, TradeOff
-from lowrank_fx.targets import Keep, Metric, Quantity, Tolerance
+from lowrank_fx.targets import Keep, Metric, Quantity, Tolerance, obeys_speed
+from lowrank_fx.timings import SiteSpeed
 
 WIDTH = 110
 """Columns of the plain text."""
@@ -30,10 +31,12 @@ class Report:
     Attributes:
         plan: the plan.
         timing: the measured speed against the original, or None where nothing was measured.
+        speeds: measured of the factored layers against their dense originals, by name.
     """
 
     plan: Plan
     timing: PairedTiming | None
+    speeds: Mapping[str, SiteSpeed] = field(default_factory=dict)
 
     def __str__(self) -> str:
         blocks = [
@@ -43,7 +46,7 @@ class Report:
             self._layers(),
             self._left_alone(),
             _section("Folded before layers were looked for", self.plan.cleanup),
-            _section("Notes", self.plan.notes),
+            _section("Notes", self.notes),
             self.trade_off(),
         ]
         return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block)
@@ -79,8 +82,10 @@ class Report:
 
     @property
     def quantity(self) -> Quantity:
-        """What the plan was made to save: the quantity that was asked for, or FLOPs for a tolerance."""
-        return self.plan.target.quantity if isinstance(self.plan.target, Keep | Metric) else "flops"
+        """What the plan was made to save: the quantity that was asked for, or FLOPs for a tolerance or for time."""
+        target = self.plan.target
+        asked = target.quantity if isinstance(target, Keep | Metric) else "flops"
+        return "flops" if asked == "latency" else asked  # a plan that was saved knows of no time but its own
 
     @property
     def asked_error(self) -> float | None:
@@ -91,6 +96,43 @@ class Report:
     def flop_ratio(self) -> float:
         """FLOPs of the original over FLOPs of the plan: the speed-up if time followed FLOPs."""
         return 1 / max(self.plan.totals.kept("flops", "model"), 1e-12)
+
+    @property
+    def speed(self) -> str:
+        """The model's measured speed-up beside its FLOP ratio, in one sentence; empty where it was not measured."""
+        timing = self.timing
+        if timing is None:
+            return ""
+        kept = 1 / timing.speedup
+        target = self.plan.target
+        of_time = ""
+        if isinstance(target, Keep) and target.quantity == "latency" and target.of == "model":
+            of_time = f", {percent(kept)} of the time remains, asked {percent(target.share)}"
+        return (
+            f"{speed(timing.speedup)} measured ({seconds(timing.baseline_seconds)} to "
+            f"{seconds(timing.candidate_seconds)}, interquartile range {timing.spread:.2f} over {timing.rounds} rounds)"
+            f"{of_time}; {speed(self.flop_ratio)} if time followed FLOPs, of which it reaches "
+            f"{timing.speedup / self.flop_ratio:.0%}"
+        )
+
+    @property
+    def slow_layers(self) -> str:
+        """The layers that measured slower than dense, where the target obeys a budget; empty without."""
+        slow = {name: own for name, own in self.speeds.items() if own.speedup < 1}
+        if not slow or obeys_speed(self.plan.target):
+            return ""
+        worst = sorted(slow, key=lambda name: slow[name].speedup)
+        shown = ", ".join(f"{name} ({speed(slow[name].speedup)})" for name in worst[:8])
+        more = f" and {len(worst) - 8} more" if len(worst) > 8 else ""
+        return (
+            f"{len(slow)} of {len(self.speeds)} factored layers measured slower than dense, as the target obeys its "
+            f"budget and not the clock: {shown}{more}"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else a user should know."""
+        return (*self.plan.notes, *([self.slow_layers] if self.slow_layers else []))
 
     @property
     def amounts(self) -> list[tuple[str, str, str, str, str, str]]:
@@ -140,6 +182,8 @@ class Report:
             return None
         if isinstance(target, Tolerance):
             return "error", target.error
+        if target.quantity == "latency":
+            return None
         if target.of == "model":
             return "kept", target.share
         model = totals.model_params if target.quantity == "params" else totals.model_flops
@@ -187,14 +231,7 @@ class Report:
         if self.metric:
             facts.append(("metric", self.metric))
         if timing is not None:
-            facts.append(
-                (
-                    "speed",
-                    f"{speed(timing.speedup)} measured ({seconds(timing.baseline_seconds)} to "
-                    f"{seconds(timing.candidate_seconds)}, interquartile range {timing.spread:.2f} over "
-                    f"{timing.rounds} rounds); {speed(self.flop_ratio)} if time followed FLOPs",
-                )
-            )
+            facts.append(("speed", self.speed))
         if plan.candidates:
             tried = ", ".join(
                 f"{name} {number(error)}{' (chosen)' if name == plan.candidate else ''}"
@@ -221,8 +258,10 @@ class Report:
         sites = self.plan.sites
         if not sites:
             return ["Layers", "  none that a form could stand for"]
-        cells = [_cells(site) for site in sites]
-        header = ("shape", "form", "rank", "parameters", "kept", "error", "bound", "effect")
+        timed = bool(self.speeds)
+        cells = [(*_cells(site), *(_speed_cells(self.speeds.get(site.name)) if timed else ())) for site in sites]
+        header: tuple[str, ...] = ("shape", "form", "rank", "parameters", "kept", "error", "bound", "effect")
+        header = (*header, "speed", "FLOPs", "of it") if timed else header
         widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
         room = max(WIDTH - sum(widths) - 2 * (len(widths) + 1), 24)
         prefix = self.prefix if max(len(site.name) for site in sites) > room else ""
@@ -305,11 +344,18 @@ def _cells(site: SitePlan) -> tuple[str, ...]:
         variant(site.form, site.basis),
         str(site.rank),
         f"{count(before)} -> {count(after)}",
-        percent(after / before),
+        percent(after / before) if before else "added",  # a tied head: its embedding keeps the dense weight
         number(site.error),
         number(site.bound),
         number(site.effect),
     )
+
+
+def _speed_cells(own: SiteSpeed | None) -> tuple[str, str, str]:
+    """Measured speed-up, FLOP ratio, and the share of the one in the other."""
+    if own is None:
+        return "", "", ""
+    return speed(own.speedup), speed(own.flop_ratio), f"{own.of_ideal:.0%}"
 
 
 def aligned(rows: Rows, sides: str) -> list[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from torch import nn
 
-from lowrank_fx import cost
 from lowrank_fx._ambient import settled
 from lowrank_fx._progress import Progress
+from lowrank_fx.account import Account
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.corrections import Made, Settled
@@ -23,24 +23,30 @@ from lowrank_fx.curves import EffectCurve, SiteCurves
 from lowrank_fx.double_sided import split_variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_joint
 from lowrank_fx.errors import TargetError
-from lowrank_fx.forms import DENSE, FORMS, dense_flops, dense_params
-from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan, Totals, TradeOff
+from lowrank_fx.offers import Offers
+from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan
 from lowrank_fx.planners import planner
-from lowrank_fx.planners.budget import Outcome, by_effect, within_budget, within_tolerance
+from lowrank_fx.planners.budget import Outcome, within_budget, within_tolerance
 from lowrank_fx.planners.marginal import around, neighbours
 from lowrank_fx.planners.metric import within_drop
-from lowrank_fx.planners.problem import Allocator, Option, Pick, Problem
+from lowrank_fx.planners.problem import Allocator, Pick, Problem
 from lowrank_fx.program import Program
 from lowrank_fx.scored import score
 from lowrank_fx.settle import Maker, gauge_notes
-from lowrank_fx.sites import Site, SiteTable
-from lowrank_fx.targets import Keep, Metric, Quantity, Target, Tolerance
-
-CURVE_POINTS = 9
-"""Points of the trade-off curve, dense included."""
+from lowrank_fx.site_times import SiteTimes
+from lowrank_fx.sites import SiteTable
+from lowrank_fx.targets import CostKind, Keep, Metric, Target, Tolerance, obeys_speed
 
 MARGINAL_FLOPS = 5.0e11
 """Work allowed for measuring effects again around a plan; where the least rows cost more, it is left out."""
+
+
+class Planned(NamedTuple):
+    """A plan, what it puts into the program, and the search that found it."""
+
+    plan: Plan
+    made: Made
+    outcome: Outcome
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Session:
         params: number of parameters of the user's model.
         progress: whether work over two seconds shows a progress bar.
         regauge: whether pairs are re-gauged where they can be, which the target says.
+        times: measured times of the sites, of a target that obeys them: options that are not faster are not on offer.
     """
 
     model: nn.Module
@@ -72,6 +79,7 @@ class Session:
     params: int
     progress: bool = False
     regauge: bool = False
+    times: SiteTimes | None = None
     _problem: Problem | None = field(default=None, repr=False)
     _compiled: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -79,8 +87,13 @@ class Session:
     def problem(self) -> Problem:
         """The options of every site."""
         if self._problem is None:
-            self._problem = Problem({site.name: self._options(site) for site in self.table.sites})
+            self._problem = Problem({site.name: self.offers.options(site) for site in self.table.sites})
         return self._problem
+
+    @property
+    def offers(self) -> Offers:
+        """What makes the options of a site."""
+        return Offers(self.table, self.calibration, self.curves, self.effects, self.regauge, self.times)
 
     @property
     def maker(self) -> Maker:
@@ -88,17 +101,44 @@ class Session:
         return Maker(self.program, self.table, self.calibration, self.curves, self.progress)
 
     def plan(self, target: Target) -> tuple[Plan, Made]:
-        """The plan for ``target``, and what it puts into the program.
+        """The plan for ``target``, and what it puts into the program; no time is measured.
 
         Raises:
             TargetError: the target cannot be reached; the message names the smallest reachable value.
         """
-        regauge = isinstance(target, Keep) and target.regauge
-        own = self if regauge == self.regauge else replace(self, regauge=regauge, _problem=None)
-        with settled(self.program.device):
-            return own._plan(target)
+        return self.aimed(target, None).planned(target)[:2]
 
-    def _plan(self, target: Target) -> tuple[Plan, Made]:
+    def aimed(self, target: Target, times: SiteTimes | None) -> Session:
+        """The session with the problem that a target poses.
+
+        Args:
+            target: what is asked for.
+            times: of the sites, or None where none were measured.
+        """
+        regauge = isinstance(target, Keep) and target.regauge
+        times = times if obeys_speed(target) else None
+        if regauge == self.regauge and times is None and self.times is None:
+            return self
+        return replace(self, regauge=regauge, times=times, _problem=None)
+
+    def again(self) -> Session:
+        """The session with its problem posed anew, after more was measured."""
+        return replace(self, _problem=None)
+
+    def planned(self, target: Target, share: float | None = None) -> Planned:
+        """The plan for the target that this session was aimed at.
+
+        Args:
+            target: what is asked for.
+            share: of a ``Keep``, the share to plan with in the place of its own.
+
+        Raises:
+            TargetError: the target cannot be reached; the message names the smallest reachable value.
+        """
+        with settled(self.program.device):
+            return self._plan(target, share)
+
+    def _plan(self, target: Target, share: float | None) -> Planned:
         batches = self.calibration.select_batches
         errors: dict[Pick, float] = {}
 
@@ -113,7 +153,7 @@ class Session:
         if isinstance(target, Metric):
             return self._plan_by_metric(target, allocators, evaluate)
         if isinstance(target, Tolerance):
-            quantity: Quantity = "flops"
+            quantity: CostKind = "flops"
             outcome = within_tolerance(self.problem, quantity, target.error, allocators, evaluate)
             marginal = self._around(outcome.pick)
             if marginal is not None:
@@ -122,7 +162,7 @@ class Session:
                     outcome = smaller
         else:
             quantity = target.quantity
-            budget = self.budget(target)
+            budget = self.budget(target, share)
             outcome = within_budget(self.problem, quantity, budget, allocators, evaluate)
             marginal = self._around(outcome.pick)
             if marginal is not None:
@@ -146,16 +186,19 @@ class Session:
 
     def _plan_by_metric(
         self, target: Metric, allocators: Mapping[str, Allocator], evaluate: Callable[[Pick], float]
-    ) -> tuple[Plan, Made]:
+    ) -> Planned:
         """The cheapest plan found that keeps the metric, scored with the very factors that come back."""
+        # One call of the metric is left for a plan that loses layers which turn out not to pay.
+        spared = 1 if self.times is not None and target.evaluations > 2 else 0
+        asked = replace(target, evaluations=target.evaluations - spared)
         values: dict[Pick, float] = {}
         errors: dict[Pick, float] = {}
         held: dict[Pick, Settled] = {}
-        with Progress("metric", target.evaluations, self.progress) as bar:
+        with Progress("metric", asked.evaluations, self.progress) as bar:
 
             def value_of(pick: Pick) -> float:
                 settled = self.maker.settled(self.problem.factored(pick), evaluate(pick))
-                kept = self._totals(pick).kept(target.of, "model")
+                kept = self.account.totals(pick).kept(target.of, "model")
                 plan = f"the plan that keeps {kept:.1%} of its {target.of}" if settled.made.factored else "the original"
                 # A metric may cast, move or train what it is given, so that must not be the user's own tensors.
                 value = score(target, settled.made.into(self.program, clone=True), plan)
@@ -166,16 +209,16 @@ class Session:
                 bar.advance(note=f"{value:g}")
                 return value
 
-            found = within_drop(self.problem, target, allocators, evaluate, value_of)
+            found = within_drop(self.problem, asked, allocators, evaluate, value_of)
         points = tuple(
-            MetricPoint(self._totals(each.pick).kept(target.of, "model"), errors[each.pick], each.value)
+            MetricPoint(self.account.totals(each.pick).kept(target.of, "model"), errors[each.pick], each.value)
             for each in found.scored
         )
-        plan, made = self._finish(target, target.of, found.outcome, held[found.outcome.pick])
+        plan, made, outcome = self._finish(target, target.of, found.outcome, held[found.outcome.pick])
         if not made.factored and points:
             word = f"none of the {len(points)} plans that were scored keeps {target}, so the original came back"
             plan = replace(plan, notes=(*plan.notes, word))
-        return replace(plan, metric=MetricSearch(found.before, found.after, points)), made
+        return Planned(replace(plan, metric=MetricSearch(found.before, found.after, points)), made, outcome)
 
     def compiled_original(self) -> Callable[..., Any]:
         """The user's model through ``torch.compile``, compiled once for all plans of this session."""
@@ -183,95 +226,73 @@ class Session:
             self._compiled = compile_module(self.model)
         return self._compiled
 
-    def dense_plan(self, plan: Plan, reason: str) -> Plan:
-        """``plan`` with every site dense for ``reason``: the original comes back."""
-        sites = tuple(
-            replace(
-                site,
-                form=DENSE,
-                rank=None,
-                params=(site.params[0],) * 2,
-                flops=(site.flops[0],) * 2,
-                error=0.0,
-                bound=0.0,
-                effect=0.0,
-                pivots=None,
-                gathered=False,
-                reason=reason if site.factored else site.reason,
-            )
-            for site in plan.sites
-        )
-        return replace(
-            plan,
-            sites=sites,
-            candidate=DENSE,
-            totals=self._totals(self.problem.dense),
-            predicted_error=0.0,
-            select_error=0.0,
-            error=0.0,
-            notes=(*plan.notes, reason),
-            refinement=None,
-            metric=None if plan.metric is None else replace(plan.metric, after=plan.metric.before),
-        )
+    def without(self, planned: Planned, reasons: Mapping[str, str]) -> Planned:
+        """A plan with some of its sites dense, the factors of the others settled anew, and all of it measured anew.
+
+        Args:
+            planned: the plan.
+            reasons: why, by site name.
+        """
+        target, outcome = planned.plan.target, planned.outcome
+        quantity = "flops" if isinstance(target, Tolerance) else target.quantity
+        reasons = {site.name: site.reason for site in planned.plan.sites if not site.factored} | dict(reasons)
+        names = self.problem.indices(outcome.pick).items()
+        pick = tuple(0 if name in reasons else index for name, index in names)
+        with settled(self.program.device):
+            factors = self.maker.factors(self.problem.factored(pick), final=False)
+            error = joint_error(self.program, factors, self.calibration.select_batches)
+            plan, made, outcome = self._finish(target, quantity, replace(outcome, pick=pick, error=error))
+            plan = replace(plan, sites=tuple(_reasoned(site, reasons) for site in plan.sites))
+            if planned.plan.metric is not None and isinstance(target, Metric):
+                plan = self._scored_again(replace(plan, metric=planned.plan.metric), target, made)
+        return Planned(plan, made, outcome)
+
+    def _scored_again(self, plan: Plan, target: Metric, made: Made) -> Plan:
+        """A plan that lost sites, with the metric that it has now."""
+        seen = plan.metric
+        assert seen is not None
+        if not made.factored:
+            return replace(plan, metric=replace(seen, after=seen.before))
+        value = score(target, made.into(self.program, clone=True), "the plan without the layers that do not pay")
+        point = MetricPoint(plan.totals.kept(target.of, "model"), plan.select_error, value)
+        return replace(plan, metric=replace(seen, after=value, points=(*seen.points, point)))
 
     # ---- the problem ---------------------------------------------------------------------------------------------
 
-    def _options(self, site: Site) -> tuple[Option, ...]:
-        rows, calls = self.calibration.rows_of(site), self.calibration.calls_of(site)
-        options = [Option(DENSE, None, dense_params(site), dense_flops(site, rows), 0.0, 0.0)]
-        entry = self.curves.get(site.name)
-        for form, curve in entry.forms.items() if entry is not None else ():
-            effect = self.effects.get((site.name, form))
-            if effect is None:  # it left the race
-                continue
-            plain = FORMS[split_variant(form)[0]]
-            regauged = self.regauge and plain.regauges(site)
-            for rank in (*curve.ranks, *curve.beyond) if regauged else curve.ranks:
-                error = curve.error(rank)
-                if regauged:
-                    params = cost.regauged_params(site.out_features, site.in_features, rank)
-                    flops = cost.regauged_flops(site.out_features, site.in_features, rank, rows)
-                else:
-                    params = plain.params(site, rank)
-                    flops = sum(plain.flops(site, rank, *call) for call in calls)
-                options.append(Option(form, rank, params, flops, error, effect.at(error)))
-        return tuple(options)
+    @property
+    def account(self) -> Account:
+        """What picks cost in all."""
+        dense = {kind: self.problem.cost(self.problem.dense, kind) for kind in get_args(CostKind)}
+        model = self.times.model_nanoseconds if self.times is not None else 0
+        fixed: dict[CostKind, int] = {
+            "params": self.program.params() - dense["params"],
+            "flops": self.calibration.flops - dense["flops"],
+            # Sites that are timed by themselves may take longer than the model that they are in.
+            "latency": max(model - dense["latency"], 0),
+        }
+        before: dict[CostKind, int] = {
+            "params": self.params,
+            "flops": self.calibration.flops,
+            "latency": fixed["latency"] + dense["latency"],
+        }
+        return Account(self.problem, before, fixed)
 
-    def _fixed(self, quantity: Quantity) -> int:
-        """What the clean graph costs besides the sites' weights."""
-        dense = self.problem.cost(self.problem.dense, quantity)
-        if quantity == "flops":
-            return self.calibration.flops - dense
-        return self.program.params() - dense
-
-    def _before(self, quantity: Quantity) -> int:
-        return self.calibration.flops if quantity == "flops" else self.params
-
-    def budget(self, target: Keep) -> int:
-        """What the sites may cost so that ``target`` holds.
+    def budget(self, target: Keep, share: float | None = None) -> int:
+        """What the sites may cost so that ``target`` holds, or ``share`` in the place of its own share.
 
         Raises:
             TargetError: it cannot be reached; the message names the smallest reachable value.
         """
-        quantity = target.quantity
-        of_model = target.of == "model"
-        before = self._before(quantity) if of_model else self.problem.cost(self.problem.dense, quantity)
-        fixed = self._fixed(quantity) if of_model else 0
-        budget = math.floor(target.share * before) - fixed
-        smallest = self.problem.smallest(quantity)
-        if smallest > budget:
-            reachable = math.ceil((smallest + fixed) / max(before, 1) * 1e4) / 1e4
-            raise TargetError(
-                f"{target} cannot be reached: the smallest reachable is {quantity}={reachable:g} "
-                f"({len(self.curves)} of {len(self.table.sites) + len(self.table.left_alone)} weights can be factored)"
-            )
-        return budget
+        weights = len(self.table.sites) + len(self.table.left_alone)
+        counts = f"{len(self.curves)} of {weights} weights can be factored"
+        if self.times is not None:
+            paying = sum(len(options) > 1 for options in self.problem.options.values())
+            counts = f"{paying} of {weights} weights can be factored and measured faster so"
+        return self.account.budget(target, target.share if share is None else share, counts)
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
-    def _finish(
-        self, target: Target, quantity: Quantity, outcome: Outcome, settled: Settled | None = None
-    ) -> tuple[Plan, Made]:
+    def _finish(self, target: Target, quantity: CostKind, outcome: Outcome, settled: Settled | None = None) -> Planned:
         if not math.isfinite(outcome.error):
             raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
         choice = self.problem.factored(outcome.pick)
@@ -305,7 +326,9 @@ class Session:
                     error=error,
                     bound=bound,
                     effect=option.effect,
-                    reason="" if option.rank is not None else self._why_dense(site, target, quantity, met=met),
+                    reason=""
+                    if option.rank is not None
+                    else self.offers.why_dense(site, self.problem.options[site.name], target, quantity, met=met),
                     pivots=None if gauge is None else gauge.start,
                     gathered=gauge is not None and gauge.order is not None,
                 )
@@ -320,51 +343,15 @@ class Session:
             left_alone=self.table.left_alone,
             cleanup=self.program.cleanup,
             notes=(*self.notes, *(gauge_notes(factored) if self.regauge else ())),
-            totals=self._totals(outcome.pick),
+            totals=self.account.totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
             select_error=settled.error,
             error=report_error,
             candidates=tuple((name, error) for name, error in candidates if math.isfinite(error)),
-            curve=self._trade_off(quantity),
+            curve=self.account.trade_off(quantity),
         )
-        return plan, made
+        return Planned(plan, made, outcome)
 
-    def _why_dense(self, site: Site, target: Target, quantity: Quantity, *, met: bool) -> str:
-        if self.calibration.sketch_of(self.table, site) is None:
-            return "calibration never reached it"
-        options = self.problem.options[site.name][1:]
-        if not options:
-            break_even = cost.break_even_rank(site.out_features, site.in_features, site.groups)
-            return f"no rank is on offer below its break-even rank {break_even:g}, or its form is not allowed"
-        best = max(options, key=lambda option: option.cost(quantity))
-        dense = self.problem.options[site.name][0].cost(quantity)
-        if site.tied and quantity == "params":
-            return "an embedding needs the same weight, so factoring it adds parameters"
-        saved = 1 - best.cost(quantity) / dense if dense else 0.0
-        cause = f"{target} is met without it" if met else f"no smaller plan was found within {target}"
-        return (
-            f"{cause}; rank {best.rank} would save {saved:.0%} of its {quantity} "
-            f"for a predicted effect of {best.effect:.2g}"
-        )
 
-    def _totals(self, pick: Pick) -> Totals:
-        quantities: dict[str, tuple[int, int]] = {}
-        for quantity in get_args(Quantity):
-            dense, chosen = (self.problem.cost(each, quantity) for each in (self.problem.dense, pick))
-            fixed, before = self._fixed(quantity), self._before(quantity)
-            quantities[f"model_{quantity}"] = (before, fixed + chosen)
-            quantities[f"site_{quantity}"] = (dense, chosen)
-        return Totals(**quantities)
-
-    def _trade_off(self, quantity: Quantity) -> tuple[TradeOff, ...]:
-        """The predicted curve from the smallest reachable cost to dense."""
-        smallest, dense = self.problem.smallest(quantity), self.problem.cost(self.problem.dense, quantity)
-        points = []
-        for step in range(CURVE_POINTS):
-            budget = smallest + (dense - smallest) * step // (CURVE_POINTS - 1)
-            pick = by_effect(self.problem, quantity, budget)
-            totals = self._totals(pick)
-            points.append(
-                TradeOff(totals.kept("params", "model"), totals.kept("flops", "model"), self.problem.effect(pick))
-            )
-        return tuple(points)
+def _reasoned(site: SitePlan, reasons: Mapping[str, str]) -> SitePlan:
+    return replace(site, reason=reasons[site.name]) if site.name in reasons and not site.factored else site

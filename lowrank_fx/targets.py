@@ -19,14 +19,16 @@ from lowrank_fx.errors import TargetError
 
 Scope: TypeAlias = Literal["model", "sites"]
 Quantity: TypeAlias = Literal["params", "flops"]
+CostKind: TypeAlias = Literal["params", "flops", "latency"]
 
 
 @dataclass(frozen=True)
 class Tolerance:
     """The cheapest plan (fewest FLOPs) whose error on held-out batches is at most ``error``.
 
-    It is held to that on the half of the held-out rows that chooses among plans; the other half reports. Whether such a
-    plan is returned, or the original because that measured faster, depends on the clock.
+    It is held to that on the half of the held-out rows that chooses among plans; the other half reports. A model that
+    is going to be compiled is factored only where that measured faster, and the original comes back if no such plan
+    did: what is returned depends on the clock.
 
     Args:
         error: relative L2 error of the model's floating outputs on held-out batches, greater than 0.
@@ -51,32 +53,39 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Keep:
-    """The most accurate plan that keeps at most this share of the parameters or of the FLOPs.
+    """The most accurate plan that keeps at most this share of the parameters, of the FLOPs, or of the time.
+
+    A share of parameters or FLOPs is obeyed whether or not it makes the model faster, and the plan depends on no clock.
+    A share of the time is made of measured times of the layers, dense and factored, on the device at hand: a layer is
+    factored only where that measured faster, and the plan depends on the clock.
 
     Args:
         params: share of the parameters that may remain, in (0, 1].
-        flops: share of the FLOPs that may remain, in (0, 1]; exactly one of the two is given.
+        flops: share of the FLOPs that may remain, in (0, 1].
         of: ``"model"`` counts everything the model holds or computes, after over before; ``"sites"`` counts the
-            weights (or FLOPs) of the layers that can be factored alone.
+            weights (or FLOPs, or time) of the layers that can be factored alone.
         regauge: only with ``params``: the pairs of linear layers in float32 and float64 are *re-gauged*, which takes
             r^2 of their r (m + n) numbers away without changing what they compute, and so buys higher ranks
             (``gauge.py``). They round about ten times as much as plain ones: leave it off for a model that is going to
             run in half precision or under autocast.
+        latency: share of the original's time that may remain on the first calibration batch, in (0, 1], both compiled
+            if the result is. Exactly one of the three is given.
 
     Raises:
-        TargetError: not exactly one of ``params`` and ``flops``, a share outside (0, 1], an unknown ``of``, or
-            ``regauge`` with ``flops``.
+        TargetError: not exactly one of ``params``, ``flops`` and ``latency``, a share outside (0, 1], an unknown
+            ``of``, or ``regauge`` without ``params``.
     """
 
     params: float | None = None
     flops: float | None = None
     of: Scope = "model"
     regauge: bool = False
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in (("params", self.params), ("flops", self.flops)) if value is not None}
+        given = self._given
         if len(given) != 1:
-            raise TargetError(f"{self!r}: give exactly one of params= and flops=, such as Keep(params=0.5)")
+            raise TargetError(f"{self!r}: give exactly one of params=, flops= and latency=, such as Keep(params=0.5)")
         for name, value in given.items():
             if not _is_number(value) or not 0 < value <= 1:
                 raise TargetError(f"Keep({name}={value!r}): the share that may remain must be above 0 and at most 1")
@@ -86,21 +95,24 @@ class Keep:
             raise TargetError(f"Keep(regauge={self.regauge!r}): give True or False")
         if self.regauge and self.params is None:
             raise TargetError(
-                f"Keep(flops={self.flops!r}, regauge=True): re-gauging saves parameters; use it with params=, as in "
-                "Keep(params=0.5, regauge=True)"
+                f"Keep({self.quantity}={self.share!r}, regauge=True): re-gauging saves parameters; use it with "
+                "params=, as in Keep(params=0.5, regauge=True)"
             )
 
     @property
-    def quantity(self) -> Quantity:
-        """What is counted: ``"params"`` or ``"flops"``."""
-        return "params" if self.params is not None else "flops"
+    def quantity(self) -> CostKind:
+        """What is counted: ``"params"``, ``"flops"`` or ``"latency"``."""
+        return next(iter(self._given))
 
     @property
     def share(self) -> float:
         """The share that may remain, in (0, 1]."""
-        share = self.params if self.params is not None else self.flops
-        assert share is not None
-        return share
+        return next(iter(self._given.values()))
+
+    @property
+    def _given(self) -> dict[CostKind, float]:
+        shares: dict[CostKind, float | None] = {"params": self.params, "flops": self.flops, "latency": self.latency}
+        return {name: share for name, share in shares.items() if share is not None}
 
     def __str__(self) -> str:
         scope = "" if self.of == "model" else f', of="{self.of}"'
@@ -257,7 +269,7 @@ def target_from_json(data: Any) -> Target:
     try:
         if data["type"] == "tolerance":
             return Tolerance(data["error"])
-        if data["type"] == "keep" and data["quantity"] in ("params", "flops"):
+        if data["type"] == "keep" and data["quantity"] in get_args(CostKind):
             return Keep(**{data["quantity"]: data["share"]}, of=data["of"], regauge=data["regauge"])
         if data["type"] == "metric" and isinstance(data["fn"], str):
             options = {name: data[name] for name in ("of", "evaluations", "higher_is_better")}
@@ -276,9 +288,14 @@ def check_target(target: object) -> Target:
     if isinstance(target, Tolerance | Keep | Metric):
         return target
     raise TargetError(
-        f"target={target!r} is not a target; use Tolerance(0.1), Keep(params=0.5), Keep(flops=0.5) or "
-        "Metric(accuracy, max_drop=0.01)"
+        f"target={target!r} is not a target; use Tolerance(0.1), Keep(params=0.5), Keep(flops=0.5), "
+        "Keep(latency=0.7) or Metric(accuracy, max_drop=0.01)"
     )
+
+
+def obeys_speed(target: Target) -> bool:
+    """Whether a target never returns a slower model; any other obeys its budget, and the report says what it costs."""
+    return not isinstance(target, Keep) or target.latency is not None
 
 
 def _is_number(value: object) -> bool:

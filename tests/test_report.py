@@ -174,6 +174,12 @@ def test_a_layer_is_a_row_and_a_dense_one_says_why() -> None:
     assert DENSE.reason in " ".join(" ".join(lines[start : start + 3]).split())
 
 
+def test_the_factors_of_a_tied_head_are_added() -> None:
+    head = replace(QUERY, name="head", params=(0, 2560))
+    rows = [words(line) for line in lines_of(Report(plan_for(sites=(head,)), None))]
+    assert ["head", "64 x 96", "lowrank", "16", "0 -> 2,560", "added", "0.1234", "0.1300", "0.0210"] in rows
+
+
 def test_the_same_reason_is_told_once_in_a_row() -> None:
     text = str(Report(plan_for(sites=(DENSE, replace(DENSE, name="encoder.0.value"))), TIMING))
     assert text.count("as above") == 1

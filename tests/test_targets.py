@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_fx.errors import CallError, TargetError
-from lowrank_fx.targets import Keep, Metric, Target, Tolerance, check_target, target_from_json
+from lowrank_fx.targets import Keep, Metric, Target, Tolerance, check_target, obeys_speed, target_from_json
 
 
 def accuracy(model: nn.Module) -> float:
@@ -30,6 +30,7 @@ TARGETS: st.SearchStrategy[Target] = st.one_of(
     st.builds(Tolerance, st.floats(0, 1e300, exclude_min=True)),
     st.builds(Keep, params=SHARES, of=st.sampled_from(["model", "sites"]), regauge=st.booleans()),
     st.builds(Keep, flops=SHARES, of=st.sampled_from(["model", "sites"])),
+    st.builds(Keep, latency=SHARES, of=st.sampled_from(["model", "sites"])),
     st.builds(Metric, st.just(accuracy), st.floats(0, 1e300), of=st.sampled_from(["flops", "params"]),
               evaluations=st.integers(2, 99), higher_is_better=st.booleans()),
 )  # fmt: skip
@@ -52,11 +53,20 @@ def test_how_targets_read() -> None:
     assert str(Keep(params=0.5, regauge=True)) == "Keep(params=0.5, regauge=True)"
     assert (Keep(params=0.5).quantity, Keep(params=0.5).share) == ("params", 0.5)
     assert (Keep(flops=1).quantity, Keep(flops=1).share) == ("flops", 1)
+    assert (Keep(latency=0.7).quantity, Keep(latency=0.7).share) == ("latency", 0.7)
+    assert str(Keep(latency=0.7, of="sites")) == 'Keep(latency=0.7, of="sites")'
     assert str(Metric(accuracy, 0.01)) == "Metric(accuracy, max_drop=0.01)"
     assert str(Metric(accuracy, 2, of="params", evaluations=5, higher_is_better=False)) == (
         'Metric(accuracy, max_drop=2, of="params", evaluations=5, higher_is_better=False)'
     )
     assert (Metric(accuracy, 0.1).quantity, Metric(accuracy, 0.1, of="params").quantity) == ("flops", "params")
+
+
+def test_who_obeys_speed() -> None:
+    clocked: tuple[Target, ...] = (Tolerance(), Metric(accuracy, 0.1), Keep(latency=0.7))
+    assert all(obeys_speed(target) for target in clocked)
+    assert not obeys_speed(Keep(params=0.5))
+    assert not obeys_speed(Keep(flops=0.5))
 
 
 def test_targets_are_values() -> None:
@@ -163,7 +173,7 @@ def test_drops_and_what_rounding_takes_from_them() -> None:
     assert not Metric(accuracy, 0).holds(0.5, 0.4999)
 
 
-NONE_OF_BOTH = "give exactly one of params= and flops=, such as Keep(params=0.5)"
+NONE_OF_BOTH = "give exactly one of params=, flops= and latency=, such as Keep(params=0.5)"
 SHARE = "the share that may remain must be above 0 and at most 1"
 ERROR = "the error must be a finite number above 0, such as 0.1"
 DROP = "the drop must be a finite number, 0 or more, in the metric's own unit, such as 0.01"
@@ -176,8 +186,11 @@ MALFORMED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Tolerance("0.1"), f"Tolerance('0.1'): {ERROR}"),  # type: ignore[arg-type]
     (lambda: Tolerance(True), f"Tolerance(True): {ERROR}"),
     (lambda: Tolerance(None), f"Tolerance(None): {ERROR}"),  # type: ignore[arg-type]
-    (lambda: Keep(), f"Keep(params=None, flops=None, of='model', regauge=False): {NONE_OF_BOTH}"),
-    (lambda: Keep(params=0.5, flops=0.5), f"Keep(params=0.5, flops=0.5, of='model', regauge=False): {NONE_OF_BOTH}"),
+    (lambda: Keep(), f"Keep(params=None, flops=None, of='model', regauge=False, latency=None): {NONE_OF_BOTH}"),
+    (
+        lambda: Keep(params=0.5, flops=0.5),
+        f"Keep(params=0.5, flops=0.5, of='model', regauge=False, latency=None): {NONE_OF_BOTH}",
+    ),
     (lambda: Keep(params=0), f"Keep(params=0): {SHARE}"),
     (lambda: Keep(params=1.01), f"Keep(params=1.01): {SHARE}"),
     (lambda: Keep(flops=-0.5), f"Keep(flops=-0.5): {SHARE}"),
@@ -198,7 +211,7 @@ MALFORMED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Metric(accuracy, 0.1, higher_is_better=1), "Metric(higher_is_better=1): give True or False"),  # type: ignore[arg-type]
     (
         lambda: check_target(0.5),
-        "target=0.5 is not a target; use Tolerance(0.1), Keep(params=0.5), Keep(flops=0.5) or "
+        "target=0.5 is not a target; use Tolerance(0.1), Keep(params=0.5), Keep(flops=0.5), Keep(latency=0.7) or "
         "Metric(accuracy, max_drop=0.01)",
     ),
     (lambda: check_target(None), "target=None is not a target"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from lowrank_fx.planners.problem import Allocator, Pick, Problem, spend
-from lowrank_fx.targets import Quantity
+from lowrank_fx.targets import CostKind
 
 BISECTIONS = 8
 
@@ -39,7 +39,7 @@ class Outcome:
         return replace(best, candidates=self.candidates + other.candidates)
 
 
-def by_effect(problem: Problem, quantity: Quantity, budget: int) -> Pick:
+def by_effect(problem: Problem, quantity: CostKind, budget: int) -> Pick:
     """The pick of least total squared effect within ``budget``.
 
     Raises:
@@ -50,7 +50,7 @@ def by_effect(problem: Problem, quantity: Quantity, budget: int) -> Pick:
 
 def within_budget(
     problem: Problem,
-    quantity: Quantity,
+    quantity: CostKind,
     budget: int,
     allocators: Mapping[str, Allocator],
     evaluate: Callable[[Pick], float],
@@ -70,7 +70,7 @@ def within_budget(
 
 def within_tolerance(
     problem: Problem,
-    quantity: Quantity,
+    quantity: CostKind,
     tolerance: float,
     allocators: Mapping[str, Allocator],
     evaluate: Callable[[Pick], float],

@@ -6,10 +6,10 @@ A proxy that knows nothing of the model behind a site; it is a candidate that me
 from __future__ import annotations
 
 from lowrank_fx.planners.problem import Pick, Problem, spend
-from lowrank_fx.targets import Quantity
+from lowrank_fx.targets import CostKind
 
 
-def by_energy(problem: Problem, quantity: Quantity, budget: int) -> Pick:
+def by_energy(problem: Problem, quantity: CostKind, budget: int) -> Pick:
     """The pick of least total squared site error within ``budget``.
 
     Raises:

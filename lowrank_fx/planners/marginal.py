@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from lowrank_fx.planners.budget import by_effect
 from lowrank_fx.planners.problem import Allocator, Pick, Problem
-from lowrank_fx.targets import Quantity
+from lowrank_fx.targets import CostKind
 
 LARGEST_SCALE = 2.0
 """Effects are corrected by at most this factor, up or down: far from the plan the correction is a guess."""
@@ -55,7 +55,7 @@ def around(
     """The candidate ``"marginal"``: a budget spent by corrected effects; see :func:`corrected` for the arguments."""
     scaled = corrected(problem, pick, tried, error, errors)
 
-    def marginal(_: Problem, quantity: Quantity, budget: int) -> Pick:
+    def marginal(_: Problem, quantity: CostKind, budget: int) -> Pick:
         return by_effect(scaled, quantity, budget)
 
     return {"marginal": marginal}

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from lowrank_fx.allocate import Choice, allocate
 from lowrank_fx.errors import TargetError
 from lowrank_fx.forms import DENSE
-from lowrank_fx.targets import Quantity
+from lowrank_fx.targets import CostKind
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Option:
         flops: FLOPs at the shape of the first calibration batch.
         error: relative error of the site's output, 0 where dense.
         effect: relative error of the model's output, 0 where dense.
+        nanoseconds: measured time at that shape; 0 where no target asked for it.
     """
 
     form: str
@@ -31,10 +32,11 @@ class Option:
     flops: int
     error: float
     effect: float
+    nanoseconds: int = 0
 
-    def cost(self, quantity: Quantity) -> int:
+    def cost(self, quantity: CostKind) -> int:
         """What the option costs in ``quantity``."""
-        return self.params if quantity == "params" else self.flops
+        return {"params": self.params, "flops": self.flops, "latency": self.nanoseconds}[quantity]
 
 
 Pick: TypeAlias = tuple[int, ...]
@@ -69,11 +71,11 @@ class Problem:
         chosen = self.chosen(pick)
         return {name: (option.form, option.rank) for name, option in chosen.items() if option.rank is not None}
 
-    def cost(self, pick: Pick, quantity: Quantity) -> int:
+    def cost(self, pick: Pick, quantity: CostKind) -> int:
         """Total cost of a pick."""
         return sum(option.cost(quantity) for option in self.chosen(pick).values())
 
-    def smallest(self, quantity: Quantity) -> int:
+    def smallest(self, quantity: CostKind) -> int:
         """The least total cost of any pick."""
         return sum(min(option.cost(quantity) for option in options) for options in self.options.values())
 
@@ -82,11 +84,11 @@ class Problem:
         return float(sum(option.effect**2 for option in self.chosen(pick).values()) ** 0.5)
 
 
-Allocator: TypeAlias = Callable[[Problem, Quantity, int], Pick]
+Allocator: TypeAlias = Callable[[Problem, CostKind, int], Pick]
 """Spends a budget of sites' costs: the pick of one candidate allocation. Raises TargetError if nothing fits."""
 
 
-def spend(problem: Problem, quantity: Quantity, budget: int, harm: Callable[[Option], float]) -> Pick:
+def spend(problem: Problem, quantity: CostKind, budget: int, harm: Callable[[Option], float]) -> Pick:
     """The pick of least total ``harm`` within ``budget``.
 
     Raises:
@@ -97,7 +99,7 @@ def spend(problem: Problem, quantity: Quantity, budget: int, harm: Callable[[Opt
     return _fill(problem, quantity, budget, allocate(groups, budget).chosen)
 
 
-def _fill(problem: Problem, quantity: Quantity, budget: int, pick: Pick) -> Pick:
+def _fill(problem: Problem, quantity: CostKind, budget: int, pick: Pick) -> Pick:
     """Spend what is left of ``budget`` on lower site errors, where effects are no worse for it.
 
     Calibration may see no effect at all of a range of ranks (few rows, a flat curve); the budget allows more, so more
@@ -123,7 +125,7 @@ def _fill(problem: Problem, quantity: Quantity, budget: int, pick: Pick) -> Pick
         filled[site] = index
 
 
-def check_budget(problem: Problem, quantity: Quantity, budget: int) -> None:
+def check_budget(problem: Problem, quantity: CostKind, budget: int) -> None:
     """Raise :class:`TargetError` if no pick fits ``budget``."""
     smallest = problem.smallest(quantity)
     if smallest > budget:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lowrank_fx.planners.problem import Option, Pick, Problem, check_budget
-from lowrank_fx.targets import Quantity
+from lowrank_fx.targets import CostKind
 
 
-def uniform(problem: Problem, quantity: Quantity, budget: int) -> Pick:
+def uniform(problem: Problem, quantity: CostKind, budget: int) -> Pick:
     """The pick with the largest common share of cost per site that fits ``budget``.
 
     Raises:
@@ -33,7 +33,7 @@ def uniform(problem: Problem, quantity: Quantity, budget: int) -> Pick:
     return best
 
 
-def _at_share(problem: Problem, quantity: Quantity, share: float) -> Pick:
+def _at_share(problem: Problem, quantity: CostKind, share: float) -> Pick:
     """Per site the most accurate option that costs at most ``share`` of dense, or else the cheapest."""
     pick = []
     for options in problem.options.values():

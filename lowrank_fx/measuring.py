@@ -1,0 +1,62 @@
+"""What a build needs to know of the clock and of the compiler before it plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lowrank_fx.capture import preserved, unwrap
+from lowrank_fx.latency import paired_speedup
+from lowrank_fx.session import Session
+from lowrank_fx.site_times import SiteTimes
+from lowrank_fx.timing_cache import TimingCache
+from lowrank_fx.timings import Timings
+
+
+def site_times(session: Session, *, compiled: bool) -> SiteTimes:
+    """The times of a session's sites, dense and factored, in the variants that it can plan with.
+
+    Args:
+        session: the calibrated model.
+        compiled: whether the result is going to be compiled.
+    """
+    offered: dict[str, dict[str, Sequence[int]]] = {
+        name: {form: curve.ranks for form, curve in entry.forms.items() if (name, form) in session.effects}
+        for name, entry in session.curves.items()
+    }
+    timings = Timings(session.program.device, TimingCache())
+    return SiteTimes(timings, session.table, session.calibration, offered, compiled, session.progress)
+
+
+def share_of_sites(session: Session, times: SiteTimes) -> float:
+    """How much of the user's model's time its sites take while dense, on the first calibration batch: in (0, 1].
+
+    The model and its sites' operators, one after another, are timed in paired turns: what else the machine does in the
+    meantime is not in the ratio.
+    """
+    call = session.calibration.effect_batches[0].call.map(torch.clone)
+    model = unwrap(session.model)
+    run = session.compiled_original() if times.compiled else model
+    with preserved(model), torch.no_grad():  # hooks of the user's must not see these runs
+        sites = times.dense_runs()
+
+        def all_sites() -> None:
+            for site in sites:
+                site()
+
+        timing = paired_speedup(lambda: run(*call.args, **call.kwargs), all_sites, device=session.program.device)
+    return min(1 / timing.speedup, 1.0)
+
+
+def refused_by_compile(session: Session) -> str | None:
+    """Why ``torch.compile`` cannot run a model that was taken as a module tree; its graphs it always can."""
+    if session.program.way == "export":
+        return None
+    call = session.calibration.effect_batches[0].call.map(torch.clone)
+    try:
+        with preserved(session.model), torch.no_grad():
+            session.compiled_original()(*call.args, **call.kwargs)
+    except Exception as error:  # whatever the compiler and the model's Python may raise
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return None
