@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import common
@@ -101,7 +100,7 @@ def main() -> None:
     if data is None:
         return
     page = options.out / "accuracy.md"
-    sections = _sections(page)
+    sections = common.sections(page)
     for name in options.only:
         subject = SUBJECTS[name](data)
         facts = common.machine(options.date)
@@ -228,19 +227,6 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
     started = time.monotonic()
     result = work()
     return result, time.monotonic() - started
-
-
-def _sections(page: Path) -> dict[str, list[str]]:
-    """The sections of the last page, by title."""
-    found: dict[str, list[str]] = {}
-    lines: Sequence[str] = page.read_text().splitlines() if page.exists() else ()
-    for line in lines:
-        if line.startswith("## "):
-            title = line.removeprefix("## ")
-            found[title] = []
-        elif found:
-            found[title].append(line)
-    return {title: text[1:-1] if text and not text[-1] else text[1:] for title, text in found.items()}
 
 
 if __name__ == "__main__":

@@ -156,6 +156,19 @@ def publish(folder: Path, name: str, lines: Sequence[str]) -> None:
     write_atomic(folder / name, text.encode())
 
 
+def sections(page: Path) -> dict[str, list[str]]:
+    """The sections of the last page, by title."""
+    found: dict[str, list[str]] = {}
+    lines: Sequence[str] = page.read_text().splitlines() if page.exists() else ()
+    for line in lines:
+        if line.startswith("## "):
+            title = line.removeprefix("## ")
+            found[title] = []
+        elif found:
+            found[title].append(line)
+    return {title: text[1:-1] if text and not text[-1] else text[1:] for title, text in found.items()}
+
+
 def met(reached: bool) -> str:
     """How a column says whether a figure is within what was asked."""
     return "yes" if reached else "NO"

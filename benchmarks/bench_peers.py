@@ -1,0 +1,253 @@
+"""What do ``optimize`` and its peers need for one job, and what is left of the model?
+
+The sentence encoder, 128 sentences of 32 tokens in batches of 4 as ptdeco's own example calibrates, no fine-tuning:
+ptdeco 0.5.0 (falor by its threshold on the outputs' noise, dwain by its own with the mean squared error for a loss), a
+plain truncated SVD of the weights at one share of every layer's break-even rank (what Greenformer's default does), and
+``optimize`` at the size that each of them came to. Every run is a process of its own; its seconds are CPU seconds of
+the whole process after the model is loaded, its memory is the process's peak above that.
+
+The page goes to results/peers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_fx import Keep, cost, optimize
+from lowrank_fx._render import percent
+from lowrank_fx.demo import load_encoder
+
+SENTENCES, BATCH, TOKENS, TEST = 128, 4, 32, 600
+FASTER = 5.0
+"""How many times fewer CPU seconds than falor are asked for, at a better result."""
+
+RUNS: Mapping[str, tuple[float, ...]] = {"falor": (0.003, 0.01), "dwain": (0.01, 0.05), "svd": (0.8, 0.5)}
+"""Settings of the peers: thresholds on noise over signal, and of the SVD shares of weights."""
+
+MIB = 1 << 20
+
+
+class Encoder(nn.Module):
+    """The sentence encoder as a function of token ids alone, which is all that falor can call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[sentences, width]`` of ids ``[sentences, tokens]``; id 0 is padding."""
+        vectors: Tensor = self.model(input_ids=ids, attention_mask=(ids != 0).long())
+        return vectors
+
+
+def main() -> None:
+    """Run every method in a process of its own, and write the page."""
+    parser = common.option_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="peers to run")
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "SETTING"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    data = common.data_dir(parser, options.data_dir)
+    if data is None:
+        return
+    if options.one is not None:
+        print(json.dumps(run(data, options.one[0], float(options.one[1]))))
+        return
+    lines = ["# The same job by others", "", *common.machine(options.date), "", *common.paragraph(LEGEND), ""]
+    rows = []
+    for method in options.only:
+        for setting in RUNS[method]:
+            peer = in_fresh_process(data, method, setting)
+            ours = in_fresh_process(data, "optimize", peer["kept"])
+            ratio = peer["seconds"] / ours["seconds"]
+            better = ours["cosine"] > peer["cosine"]
+            asked, reached = "", ""
+            if method == "falor":
+                asked, reached = f"{FASTER:g}x, better", common.met(ratio >= FASTER and better)
+            for name, found in ((f"{method} {setting:g}", peer), ("optimize", ours)):
+                own = name == "optimize"
+                rows.append(
+                    (
+                        name,
+                        percent(found["kept"]),
+                        f"{found['cosine']:.4f}",
+                        f"{found['seconds']:.1f}",
+                        f"{found['mib']:.0f}",
+                        *((f"{ratio:.1f}x", asked, reached) if own else ("", "", "")),
+                    )
+                )
+    header = ("method", "weights kept", "cosine", "CPU seconds", "peak MiB", "fewer seconds", "asked", "met")
+    common.publish(options.out, "peers.md", [*lines, *common.table(header, rows)])
+
+
+LEGEND = (
+    "all-MiniLM-L6-v2 with mean pooling, 128 sentences of STS-B train. *Weights kept*: of the encoder's linear layers. "
+    f"*Cosine*: mean over {TEST} dev sentences that are not in train, to the original's embeddings. *CPU seconds*: "
+    "capture, calibration, plan and rewrite; nothing is compiled. *Peak MiB*: above what the loaded model takes."
+)
+
+
+def in_fresh_process(data: Path, method: str, setting: float) -> dict[str, float]:
+    """What one method needs and leaves."""
+    command = [sys.executable, __file__, "--data-dir", str(data), "--one", method, repr(setting)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, float] = json.loads(answer.splitlines()[-1])
+    print(f"{method} {setting:g}: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def run(data: Path, method: str, setting: float) -> dict[str, float]:
+    """One method in this process."""
+    encoder, tokenizer = load_encoder()
+    model = Encoder(encoder).eval()
+    sentences = common.unique_sentences(common.sentence_pairs(data, "train"))[:SENTENCES]
+    batches = [_ids(tokenizer, sentences[at : at + BATCH]) for at in range(0, SENTENCES, BATCH)]
+    test = _test(data, tokenizer)
+    with torch.no_grad():
+        before = torch.cat([model(ids) for ids in test])
+    dense = _weights(model)
+    loaded = _peak()
+    started = time.process_time()
+    made = METHODS[method](model, batches, setting)
+    seconds = time.process_time() - started
+    peak = _peak()
+    with torch.no_grad():
+        after = torch.cat([made(ids) for ids in test])
+    cosine = float(F.cosine_similarity(before.double(), after.double()).mean())
+    return {"kept": _weights(made) / dense, "cosine": cosine, "seconds": seconds, "mib": (peak - loaded) / MIB}
+
+
+# ---- the methods -----------------------------------------------------------------------------------------------------
+
+
+def ours(model: nn.Module, batches: list[Tensor], share: float) -> nn.Module:
+    """``optimize`` at a share of the layers' weights; the pooler that nothing reads is no layer of the graph."""
+    return optimize(model, batches, target=Keep(params=share, of="sites"), compile=False, progress=False)
+
+
+def falor(model: nn.Module, batches: list[Tensor], threshold: float) -> nn.Module:
+    """ptdeco's falor: one data step per batch, one metric step, thresholds on the outputs' noise to signal."""
+    from ptdeco.falor import decompose_in_place
+
+    decompose_in_place(
+        module=model,
+        device=torch.device("cpu"),
+        data_iterator=itertools.cycle(batches),
+        proportion_threshold=1.0,
+        nsr_final_threshold=threshold,
+        kl_final_threshold=float("inf"),
+        num_data_steps=len(batches),
+        num_metric_steps=1,
+        use_float64=True,
+        use_mean=True,
+        use_damping=True,
+    )
+    return model
+
+
+def dwain(model: nn.Module, batches: list[Tensor], threshold: float) -> nn.Module:
+    """ptdeco's dwain without fine-tuning; the loss is the squared distance to the original's embeddings."""
+    from ptdeco.dwain import decompose_in_place
+
+    with torch.no_grad():
+        wanted = {id(ids): model(ids) for ids in batches}
+
+    class Named(nn.Module):
+        """Takes the batches that dwain gives."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            vectors: Tensor = self.inner(batch["ids"])
+            return vectors
+
+    def stream() -> Iterator[dict[str, Tensor]]:
+        return ({"ids": ids, "wanted": wanted[id(ids)]} for ids in itertools.cycle(batches))
+
+    def loss(batch: dict[str, Tensor], vectors: Tensor) -> Tensor:
+        return F.mse_loss(vectors, batch["wanted"])
+
+    decompose_in_place(
+        module=Named(),
+        device=torch.device("cpu"),
+        data_iterator=stream(),
+        loss_fn=loss,
+        num_data_steps=len(batches),
+        metric_iterator=stream(),
+        num_metric_steps=1,
+        nsr_final_threshold=threshold,
+        ppl_diff_threshold=threshold,
+        finetune_fn=lambda module, device, names: module,
+    )
+    return model
+
+
+def svd(model: nn.Module, batches: list[Tensor], share: float) -> nn.Module:
+    """Truncated SVD of every weight at ``share`` of its break-even rank; no data."""
+    linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    for name, layer in linears:
+        rank = max(1, int(share * cost.break_even_rank(layer.out_features, layer.in_features)))
+        left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        first = nn.Linear(layer.in_features, rank, bias=False)
+        second = nn.Linear(rank, layer.out_features)
+        root = values[:rank].sqrt()
+        with torch.no_grad():
+            first.weight.copy_(root[:, None] * right[:rank])
+            second.weight.copy_(left[:, :rank] * root)
+            second.bias.copy_(layer.bias)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Sequential(first, second))
+    return model
+
+
+METHODS: Mapping[str, Callable[[nn.Module, list[Tensor], float], nn.Module]] = {
+    "optimize": ours,
+    "falor": falor,
+    "dwain": dwain,
+    "svd": svd,
+}
+
+
+# ---- what they share -------------------------------------------------------------------------------------------------
+
+
+def _ids(tokenizer: Any, sentences: list[str]) -> Tensor:
+    encoded = tokenizer(sentences, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]
+    return ids
+
+
+def _test(data: Path, tokenizer: Any) -> list[Tensor]:
+    known = set(common.unique_sentences(common.sentence_pairs(data, "train")))
+    fresh = [each for each in common.unique_sentences(common.sentence_pairs(data, "dev")) if each not in known][:TEST]
+    return [_ids(tokenizer, fresh[at : at + 100]) for at in range(0, len(fresh), 100)]
+
+
+def _weights(model: nn.Module) -> float:
+    """Numbers in the matrices of the encoder's layers; embeddings and what nothing reads are left out."""
+    named = dict(model.named_parameters()).items()
+    return float(sum(value.numel() for name, value in named if value.dim() == 2 and ".layer." in name))
+
+
+def _peak() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    main()
