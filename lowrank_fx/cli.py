@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank_fx.cli_onnx import onnx_compress
+from lowrank_fx.cli_saved import Compile, Debug, compare, export, report, write_page
 from lowrank_fx.errors import LowRankError, OptionError
 
 if TYPE_CHECKING:
@@ -55,11 +57,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
-Compile = Annotated[
-    bool,
-    typer.Option("--compile/--no-compile", metavar="", help="Compile the models, and measure them compiled."),
-]
 Quiet = Annotated[bool, typer.Option("--no-progress", metavar="", help="Print the results alone.")]
 
 
@@ -156,6 +153,14 @@ def optimize(
             rich_help_panel="Target (at most one)",
         ),
     ] = None,
+    keep_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Most accurate plan that keeps this share of the time, by the clock of this machine, such as 0.7.",
+            rich_help_panel="Target (at most one)",
+        ),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -218,7 +223,7 @@ def optimize(
     from lowrank_fx import pipeline
     from lowrank_fx.origin import Origin, named_batches, named_model, resolve, write_origin
 
-    target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop, regauge=regauge)
+    target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop, regauge=regauge, latency=keep_latency)
     made = pipeline.optimize(
         named_model(model, "MODULE:FACTORY"),
         named_batches(data, "--data"),
@@ -232,77 +237,14 @@ def optimize(
     )
     made.save(out)
     write_origin(Origin(model, data, fresh=False), out)
-    report = made.report()
-    typer.echo(str(report))
+    page = made.report()
+    typer.echo(str(page))
     if html:
-        _write(out / "report.html", report.to_html())
+        write_page(out / "report.html", page.to_html())
 
 
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What optimize wrote.", show_default=False)],
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page too.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Print the report of a saved model; no weights are read."""
-    from lowrank_fx.report import Report
-    from lowrank_fx.storage import read_plan
-
-    made = Report(*read_plan(folder))
-    typer.echo(str(made))
-    if html is not None:
-        _write(html, made.to_html())
-
-
-@app.command()
-def compare(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What optimize or a demo wrote.", show_default=False)],
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:FACTORY", help="The original model; by default the one that DIR names."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:LOADER", help="Batches to compare on; by default those that DIR names."),
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the comparison as one HTML page too.")
-    ] = None,
-    compile: Compile = True,
-    debug: Debug = False,
-) -> None:
-    """Compare a saved model with its original: outputs, size and speed.
-
-    Run it in the folder that DIR was made in, or say with --model where the original is. Give --data batches that were
-    not calibrated on.
-    """
-    from lowrank_fx.comparison import compare_models
-    from lowrank_fx.origin import ORIGIN_FILE, named_batches, named_model, original_model, read_origin
-    from lowrank_fx.pipeline import load
-    from lowrank_fx.storage import read_plan
-
-    read_plan(folder)
-    origin = read_origin(folder)
-    for option, value in (("--model MODULE:FACTORY", model), ("--data MODULE:LOADER", data)):
-        if value is None and origin is None:
-            raise OptionError(f"{folder} has no {ORIGIN_FILE} that says what it was made from; give {option}")
-    hint = "; run this where DIR was made, or give {}"
-    if model is not None:
-        original = named_model(model, "--model")
-    else:
-        assert origin is not None
-        original = original_model(origin, folder, hint.format("--model MODULE:FACTORY"))
-    if data is not None:
-        batches = named_batches(data, "--data")
-    else:
-        assert origin is not None
-        batches = named_batches(origin.data, f"{folder / ORIGIN_FILE}: data", hint.format("--data MODULE:LOADER"))
-    made = compare_models(original, load(original, folder, compile=compile), batches, compile=compile)
-    typer.echo(str(made))
-    if data is None and origin is not None and not origin.fresh:
-        typer.echo("\nThese are the batches it was calibrated on; give --data others for the error on fresh data.")
-    if html is not None:
-        _write(html, made.to_html())
+for _command in (report, compare, export, onnx_compress):
+    app.command()(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -347,13 +289,6 @@ def _fail(cause: str, code: int) -> int:
     return code
 
 
-def _write(path: Path, page: str) -> None:
-    from lowrank_fx._files import write_atomic
-
-    write_atomic(path, page.encode())
-    typer.echo(f"\n{path} shows this as a page.")
-
-
 # ---- what the options name -------------------------------------------------------------------------------------------
 
 
@@ -366,6 +301,7 @@ def _target(
     max_drop: float | None,
     *,
     regauge: bool = False,
+    latency: float | None = None,
 ) -> Target:
     """The one target of a command line.
 
@@ -377,7 +313,12 @@ def _target(
     from lowrank_fx.origin import resolve
     from lowrank_fx.targets import Keep, Metric, Tolerance
 
-    options = {"--tolerance": tolerance, "--keep-params": params, "--keep-flops": flops}
+    options = {
+        "--tolerance": tolerance,
+        "--keep-params": params,
+        "--keep-flops": flops,
+        "--keep-latency": latency,
+    }
     given = [f"{name} {value:g}" for name, value in options.items() if value is not None]
     if metric is not None:
         given.append(f"--metric {metric}")
@@ -387,12 +328,14 @@ def _target(
         raise OptionError(f"--max-drop {max_drop:g} says how much a metric may drop; use it with --metric")
     if regauge and params is None:
         raise OptionError("--regauge saves parameters; use it with --keep-params")
-    if params is None and flops is None:
+    if params is None and flops is None and latency is None:
         if of is not None:
-            raise OptionError(f"--of {of.value} says what a share counts; use it with --keep-params or --keep-flops")
+            keeps = "--keep-params, --keep-flops or --keep-latency"
+            raise OptionError(f"--of {of.value} says what a share counts; use it with {keeps}")
         if metric is not None:
             if max_drop is None:
                 raise OptionError(f"--metric {metric} needs --max-drop DROP: how much lower it may be, such as 0.01")
             return Metric(resolve(metric, "--metric"), max_drop)
         return Tolerance() if tolerance is None else Tolerance(tolerance)
-    return Keep(params=params, flops=flops, of=of.value if of is not None else "model", regauge=regauge)
+    counted = Scope.model if of is None else of
+    return Keep(params=params, flops=flops, latency=latency, of=counted.value, regauge=regauge)

@@ -39,5 +39,9 @@ class StorageError(LowRankError):
     """A saved directory is missing, damaged, of another version, or made for other weights."""
 
 
+class ExportError(LowRankError):
+    """A model could not be written in a format for other runtimes, or the file does not compute what the model does."""
+
+
 class OptionError(LowRankError):
     """An option, or an environment variable, has a value that is not among the legal ones."""

@@ -21,7 +21,7 @@ _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._expor
 _DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
-class ExportError(CaptureError):
+class ExportRefusedError(CaptureError):
     """``torch.export`` refused a model.
 
     Args:
@@ -41,7 +41,7 @@ class ExportError(CaptureError):
         self.cause = f"torch.export refuses it{at}: {short}"
 
 
-def refused(model: nn.Module, error: Exception) -> ExportError:
+def refused(model: nn.Module, error: Exception) -> ExportRefusedError:
     """What an exception that export raised means: the model's own line, the cause, what to do."""
     here, torch_root = Path(__file__).parent, Path(torch.__file__).parent
     frames = [
@@ -56,7 +56,7 @@ def refused(model: nn.Module, error: Exception) -> ExportError:
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     shown = f"{type(error).__name__}: {cause}" if cause else type(error).__name__
     short = "what it does depends on a tensor's values" if depends_on_data(error) else shown
-    return ExportError(type(model).__name__, file, line, shown, short, _advice(error, cause))
+    return ExportRefusedError(type(model).__name__, file, line, shown, short, _advice(error, cause))
 
 
 def depends_on_data(error: Exception) -> bool:

@@ -91,6 +91,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["compare"], "Missing argument 'DIR'."),
         (["compare", "nowhere"], "nowhere/plan.json could not be read: No such file or directory"),
         (["report", "nowhere"], "nowhere/plan.json could not be read: No such file or directory"),
+        (["export", "nowhere"], "give at least one of --onnx FILE, --pt2 FILE, --aoti FILE, --torchscript FILE"),
+        (["export", "nowhere", "--onnx", "m.onnx"], "nowhere/plan.json could not be read: No such file or directory"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(
@@ -118,7 +120,14 @@ def test_a_wrong_command_line_is_one_line(
             "--keep-flops .6 --tolerance .1",
             "--tolerance 0.1 and --keep-flops 0.6: give one",
         ),
-        ("ZOO:model", "ZOO:batches", "--of sites", "--of sites says what a share counts; use it with --keep-params or"),
+        ("ZOO:model", "ZOO:batches", "--of sites", "--of sites says what a share counts; use it with --keep-params, "),
+        (
+            "ZOO:model",
+            "ZOO:batches",
+            "--keep-latency 2",
+            "Keep(latency=2.0): the share that may remain must be above 0",
+        ),
+        ("ZOO:model", "ZOO:batches", "--keep-latency .7 --regauge", "--regauge saves parameters; use it with"),
         (
             "ZOO:model",
             "ZOO:batches",
@@ -204,7 +213,7 @@ def test_an_interruption_is_no_traceback(
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        ([], ["demo", "optimize", "report", "compare", "--version", "--debug", "--install-completion"]),
+        ([], ["demo", "optimize", "report", "compare", "export", "--version", "--debug", "--install-completion"]),
         (["--help"], ["demo", "optimize", "report", "lowrank-fx demo"]),
         (
             ["optimize", "-h"],
@@ -213,6 +222,7 @@ def test_an_interruption_is_no_traceback(
         (["demo", "--help"], ["encoder", "digits", "--out", "demo_out", "lowrank_fx[demo]"]),
         (["compare", "--help"], ["DIR", "--model", "MODULE:FACTORY", "--data", "MODULE:LOADER", "--html"]),
         (["report", "--help"], ["DIR", "--html"]),
+        (["export", "--help"], ["DIR", "--onnx", "--pt2", "--aoti", "--torchscript", "--fold", "lowrank_fx[onnx]"]),
     ],
 )
 def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str], arguments: list[str], pieces: list[str]) -> None:
@@ -255,7 +265,7 @@ def test_python_m_shows_the_help(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        (["lowrank-fx", ""], ["demo", "optimize", "report", "compare"]),
+        (["lowrank-fx", ""], ["demo", "optimize", "report", "compare", "export", "onnx-compress"]),
         (["lowrank-fx", "comp"], ["compare"]),
         (["lowrank-fx", "demo", ""], ["encoder", "digits"]),
         (["lowrank-fx", "optimize", "--of", "s"], ["sites"]),
@@ -447,3 +457,34 @@ def test_compare_refuses_a_model_with_other_weights(saved: str, capsys: pytest.C
     code, said = fails(capsys, "compare", "out", "--model", f"{saved}:make_other")
     assert code == 2
     assert "has other values than the weights the plan was made for" in said
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_every_format_that_is_named(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"onnx": "m.onnx", "pt2": "m.pt2", "torchscript": "m.pt"}
+    options = [word for name, file in files.items() for word in (f"--{name}", file)]
+    assert main(["export", "out", *options, "--fold", "--data", f"{saved}:fresh"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(files.values())
+    assert all(line.endswith("(relative L2; batch sizes 4 and 5; the given example)") for line in lines)
+    assert [file for file in files.values() if not Path(file).is_file()] == []
+
+
+def test_export_says_what_it_misses(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "out", "--pt2", "m.pt2"]) == 0
+    assert "random values in the shapes of the captured example" in capsys.readouterr().out
+    assert fails(capsys, "export", "out", "--onnx", "no/m.onnx") == (
+        2,
+        "no/m.onnx cannot be written: No such file or directory",
+    )
+    Path("out/origin.json").unlink()
+    code, said = fails(capsys, "export", "out", "--pt2", "n.pt2")
+    assert (code, said) == (
+        2,
+        "out has no origin.json that says what it was made from; give --model MODULE:FACTORY",
+    )
+    assert main(["export", "out", "--pt2", "n.pt2", "--model", f"{saved}:model"]) == 0
