@@ -14,12 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowrank_fx.backend import Status, finish_calibration, refresh, status
     from lowrank_fx.calibration import Calibration
     from lowrank_fx.comparison import Comparison, compare_models
     from lowrank_fx.errors import (
         CalibrationError,
         CallError,
         CaptureError,
+        ExportError,
         LowRankError,
         OptionError,
         PassError,
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
         StorageError,
         TargetError,
     )
+    from lowrank_fx.export import Exported
     from lowrank_fx.module import LowRankModule
+    from lowrank_fx.onnx_frontend import OnnxResult, onnx_compress
+    from lowrank_fx.pairs import fold_pairs
     from lowrank_fx.pipeline import calibrate, load, optimize
     from lowrank_fx.plan import Plan, SitePlan
     from lowrank_fx.refine_options import Refine
@@ -42,10 +47,13 @@ __all__ = [
     "CallError",
     "CaptureError",
     "Comparison",
+    "ExportError",
+    "Exported",
     "Keep",
     "LowRankError",
     "LowRankModule",
     "Metric",
+    "OnnxResult",
     "OptionError",
     "PassError",
     "Plan",
@@ -53,21 +61,31 @@ __all__ = [
     "Refine",
     "Report",
     "SitePlan",
+    "Status",
     "StorageError",
     "TargetError",
     "Tolerance",
     "calibrate",
     "compare_models",
+    "finish_calibration",
+    "fold_pairs",
     "load",
+    "onnx_compress",
     "optimize",
+    "refresh",
+    "status",
 ]
 
 # Imported on first use: the command line answers --help and completes words without waiting for torch.
 _HOMES = {
+    "backend": ("Status", "finish_calibration", "refresh", "status"),
     "calibration": ("Calibration",),
     "comparison": ("Comparison", "compare_models"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "export": ("Exported",),
     "module": ("LowRankModule",),
+    "onnx_frontend": ("OnnxResult", "onnx_compress"),
+    "pairs": ("fold_pairs",),
     "pipeline": ("calibrate", "load", "optimize"),
     "plan": ("Plan", "SitePlan"),
     "refine_options": ("Refine",),

@@ -220,13 +220,13 @@ def test_a_metric_that_fails_is_named_with_the_plan(fast: LowRankModule) -> None
 
 def test_optimize_takes_a_metric_at_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[bool] = []
-    plan = Session.plan
+    planned = Session.planned
 
-    def watched(self: Session, target: Target) -> object:
+    def watched(self: Session, target: Target, share: float | None = None) -> object:
         shown.append(self.progress)
-        return plan(self, target)
+        return planned(self, target, share)
 
-    monkeypatch.setattr(Session, "plan", watched)
+    monkeypatch.setattr(Session, "planned", watched)
     target = Metric(accuracy, 0.02, evaluations=3)
     made = lowrank_fx.optimize(model, batches(), target=target, compile=False, progress=False)
     assert made.plan.factored
