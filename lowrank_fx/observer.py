@@ -60,12 +60,14 @@ class TapObserver(nn.Module):
         sketch: where the rows go.
         fan_out: sum of the output features of the layers behind the tap.
         recorder: knows the batch's index and padding mask.
+        min_rows: rows that are always kept of a batch.
     """
 
     _is_impure = True
 
-    def __init__(self, tap: Tap, sketch: Sketch, fan_out: int, recorder: Recorder) -> None:
+    def __init__(self, tap: Tap, sketch: Sketch, fan_out: int, recorder: Recorder, min_rows: int = MIN_ROWS) -> None:
         super().__init__()
+        self.min_rows = min_rows
         self.tap = tap
         self.sketch = sketch
         self.fan_out = fan_out
@@ -133,7 +135,7 @@ class TapObserver(nn.Module):
     def _sample(self, total: int, mask: Tensor | None) -> Tensor:
         """Which rows to keep: all real ones, or as many as cost no more FLOPs than the layers behind the tap."""
         real = torch.arange(total, device="cpu") if mask is None else mask.reshape(-1).cpu().nonzero().squeeze(1)
-        cap = max(MIN_ROWS, total * self.fan_out // max(self.tap.width, 1))
+        cap = max(self.min_rows, total * self.fan_out // max(self.tap.width, 1))
         if real.numel() <= cap:
             return real
         key = f"{self.recorder.seed}/{self.recorder.index}/{self.tap.name}".encode()

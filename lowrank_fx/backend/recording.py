@@ -1,0 +1,203 @@
+"""What the calls of one region leave behind while they are calibrated: sketches, and inputs with a role each.
+
+The graph with observers in it gives the caller the outputs of its own call, so a calibrating call costs the sketches
+and nothing else. Reference outputs for effects and errors are computed when the plan is made, from the inputs that were
+kept: then everything is measured with the same random numbers, and calls pay for a copy of their inputs at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lowrank_fx._ambient import settled
+from lowrank_fx.backend.regions import RegionCall, RegionGraph
+from lowrank_fx.batches import Role
+from lowrank_fx.cache import EFFECT_BATCHES
+from lowrank_fx.errors import CalibrationError
+from lowrank_fx.grouped_sketch import make_sketch
+from lowrank_fx.observer import Recorder, TapObserver, sketch_sizes
+from lowrank_fx.passes import order
+from lowrank_fx.passes.base import PassManager
+from lowrank_fx.rewrite import copy_graph_module
+from lowrank_fx.sites import SiteTable, Tap
+
+SKETCH_BYTES = 256 << 20
+"""What the sketches of a region may hold while they stay exact."""
+
+KEPT_BYTES = 128 << 20
+"""What the inputs of one role may hold; the first call's always fit."""
+
+MIN_ROWS = 32
+"""Rows that are sketched of every call, however narrow the layers behind a tap."""
+
+PERIOD = 5
+"""Every fifth call is held out; in turn it chooses among plans and reports the error."""
+
+
+class CallObserver(nn.Module):
+    """Sketches a tap in whatever mode the caller is: autocast and inference mode would reach into the sketch.
+
+    Rows wait until there are as many as they are long. Taking in a few rows costs nearly what taking in that many
+    does, and a call may bring few.
+
+    Args:
+        observer: the one that sketches.
+        device: of the sketch.
+    """
+
+    _is_impure = True
+
+    def __init__(self, observer: TapObserver, device: torch.device) -> None:
+        super().__init__()
+        self.observer = observer
+        self.device = device
+        self._waiting: list[Tensor] = []
+        self._count = 0
+
+    def forward(self, activation: Tensor) -> None:
+        """Take a sample of the activation's rows."""
+        with settled(self.device):
+            rows, _ = self.observer.sampled(activation.detach())
+            # The activation may be written to behind this, and its rows are those of a call that is over soon.
+            self._waiting.append(rows.to(self.device, copy=True))
+            self._count += rows.shape[0]
+            if self._count >= self.observer.tap.width:
+                self.flush()
+
+    def flush(self) -> None:
+        """Let the sketch take in the rows that wait.
+
+        Raises:
+            CalibrationError: they cannot be sketched.
+        """
+        if not self._waiting:
+            return
+        rows, self._waiting, self._count = torch.cat(self._waiting), [], 0
+        try:
+            self.observer.sketch.update(rows)
+        except CalibrationError as error:
+            raise CalibrationError(f"the input of {self.observer.layers}: {error}") from error
+
+
+class Recording:
+    """The calls of one region that were calibrated.
+
+    Args:
+        program: the region.
+        number: of the region.
+        steps: how many calls are going to be calibrated.
+        seed: chooses the rows.
+    """
+
+    def __init__(self, program: RegionGraph, number: int, steps: int, seed: int) -> None:
+        self.program = program
+        self.number = number
+        self.table = program.find_sites()
+        self.calls = 0
+        self.kept: dict[Role, list[tuple[int, RegionCall]]] = {"calibrate": [], "select": [], "report": []}
+        self._period = PERIOD if steps >= 2 * PERIOD else max(2, steps // 2)
+        self._recorder = Recorder(seed)
+        sizes = sketch_sizes(self.table.taps.values(), None, SKETCH_BYTES)
+        self.observers = {
+            name: TapObserver(
+                tap,
+                make_sketch(tap.width, tap.groups, sizes[name], self._device(tap)),
+                # The caller is waiting: a sketch may cost half as much as the layers behind it, not as much as they.
+                _fan_out(self.table, tap) // 2,
+                self._recorder,
+                MIN_ROWS,
+            )
+            for name, tap in self.table.taps.items()
+        }
+        for name, observer in self.observers.items():
+            tap = self.table.taps[name]
+            observer.layers = ", ".join(site.name for site in self.table.sites if tap in self.table.taps_of(site))
+        self._observed = copy_graph_module(program.module, clone=False)
+        self._inserted = {
+            name: CallObserver(observer, self._device(observer.tap)) for name, observer in self.observers.items()
+        }
+        PassManager(order.observation(self.table.taps, self._inserted), bisect=False).run(self._observed)
+
+    def role(self) -> Role:
+        """What the next call is for."""
+        held, turn = (self.calls + 1) % self._period == 0, (self.calls + 1) // self._period
+        if not held:
+            return "calibrate"
+        return "select" if turn % 2 else "report"
+
+    def run(self, inputs: Sequence[Any], mask: Tensor | None) -> Any:
+        """Run a call of the role ``"calibrate"``; its outputs are those of the region.
+
+        Args:
+            inputs: of the graph.
+            mask: the padding mask, or None.
+
+        Raises:
+            CalibrationError: an activation cannot be sketched.
+        """
+        call = self._call(inputs, mask)
+        if self._wanted("calibrate", call):
+            self._keep("calibrate", call)
+        self._recorder.start(self.calls, call.mask)
+        outputs = self._observed(*inputs)
+        self.calls += 1
+        return outputs
+
+    def hold_out(self, inputs: Sequence[Any], mask: Tensor | None) -> None:
+        """Keep a call of another role, before it runs."""
+        role, call = self.role(), self._call(inputs, mask)
+        if self._wanted(role, call):
+            self._keep(role, call)
+        self.calls += 1
+
+    def finish(self) -> None:
+        """Let the sketches take in what waits; no call is calibrated after this.
+
+        Raises:
+            CalibrationError: an activation cannot be sketched.
+        """
+        for observer in self._inserted.values():
+            observer.flush()
+
+    @property
+    def effect_calls(self) -> list[tuple[int, RegionCall]]:
+        """The calls on which effects are measured."""
+        return self.kept["calibrate"][:EFFECT_BATCHES]
+
+    def _call(self, inputs: Sequence[Any], mask: Tensor | None) -> RegionCall:
+        real = None if mask is None else mask_of(mask)
+        return RegionCall(tuple(inputs), {}, real, region=self.number)
+
+    def _wanted(self, role: Role, call: RegionCall) -> bool:
+        kept = sum(_bytes(other) for _, other in self.kept[role])
+        return not self.kept[role] or kept + _bytes(call) <= KEPT_BYTES
+
+    def _keep(self, role: Role, call: RegionCall) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            args = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call.args)
+            self.kept[role].append((self.calls, replace(call, args=args)))
+
+    def _device(self, tap: Tap) -> torch.device:
+        site = next(site for site in self.table.sites if tap in self.table.taps_of(site))
+        return self.program.weight(site).device
+
+
+def mask_of(mask: Tensor) -> Tensor:
+    """Where a padding mask ``[B, T]`` says that a position is real: true, positive, or zero in one that is added."""
+    if mask.is_floating_point() and not bool((mask > 0).any()):
+        return mask == 0
+    return mask > 0
+
+
+def _bytes(call: RegionCall) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in call.tensors())
+
+
+def _fan_out(table: SiteTable, tap: Tap) -> int:
+    return sum(site.out_features for site in table.sites if tap in table.taps_of(site))

@@ -1,0 +1,241 @@
+"""A region that Dynamo compiled, and what runs when it is called.
+
+``torch.compile`` keeps what a backend returns and calls it from then on. It keeps a :class:`Region`, whose inside is
+exchanged when the plan is made; Dynamo sees nothing of that and compiles nothing again.
+
+Dynamo passes parameters as arguments and gives a region to every model that runs the same code. So a region holds a
+:class:`Binding` for each set of parameters that it met: two models of one class never share a plan.
+
+While gradients are needed the dense graph runs, compiled by the inner backend like that of any other backend: gradient
+mode is on, and an input or a parameter requires gradients. Nothing is calibrated then, and nothing factored is used, so
+the model's own parameters train, in training and in evaluation mode. The first such call is logged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from lowrank_fx._ambient import settled
+from lowrank_fx.backend.family import Family, family_of
+from lowrank_fx.backend.lowering import Lowered
+from lowrank_fx.backend.options import BackendOptions
+from lowrank_fx.backend.recording import Recording
+from lowrank_fx.backend.regions import RegionGraph
+from lowrank_fx.backend.roots import find_root, names_of
+from lowrank_fx.backend.watch import Watch
+from lowrank_fx.errors import CalibrationError
+
+
+class Region:
+    """What Dynamo calls.
+
+    Args:
+        lowered: the region as a graph of ATen operators.
+        dense: the region, compiled by the inner backend.
+        options: the user's.
+    """
+
+    def __init__(self, lowered: Lowered, dense: Callable[..., Any], options: BackendOptions) -> None:
+        self.lowered = lowered
+        self.dense = dense
+        self.options = options
+        self._bindings: tuple[Binding, ...] = ()
+        self._last: Binding | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the region."""
+        if self.lowered.attached:
+            args = (*args, *self.lowered.attached)
+        binding = self._last
+        if binding is None or not binding.owns(args):
+            binding = self._last = self._binding(args)
+        return binding.step(args)
+
+    def _binding(self, args: Sequence[Any]) -> Binding:
+        with self._lock:
+            for binding in self._bindings:
+                if binding.owns(args):
+                    return binding
+            tensors = [args[state.position] for state in self.lowered.states]
+            root = find_root(tensors)
+            names = names_of(root, tensors, [state.source for state in self.lowered.states])
+            family = family_of(root, tensors, self.options)
+            made = Binding(self, family, tensors, names)
+            # A model whose parameters were exchanged has a new binding in the place of its old one.
+            gone = [other for other in self._bindings if other.family is family and other.names == made.names]
+            self._bindings = (*(other for other in self._bindings if other not in gone), made)
+            if root is not None:
+                weakref.finalize(root, _forget, weakref.ref(self), weakref.ref(made))
+        family.join(made, gone)
+        return made
+
+    def forget(self, binding: Binding | None) -> None:
+        """Let go of a model that is gone."""
+        self._bindings = tuple(other for other in self._bindings if other is not binding)
+        if self._last is binding:
+            self._last = None
+
+
+def _forget(region: weakref.ref[Region], binding: weakref.ref[Binding]) -> None:
+    own = region()
+    if own is not None:
+        own.forget(binding())
+
+
+class Binding:
+    """A region with one model's parameters.
+
+    Args:
+        region: the region.
+        family: of the model.
+        tensors: parameters and buffers, in the order of the region's states.
+        names: theirs in the model.
+
+    Attributes:
+        step: what a call runs.
+        recording: what was calibrated.
+    """
+
+    def __init__(self, region: Region, family: Family, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+        self.region = region
+        self.family = family
+        self.tensors = tuple(tensors)
+        self.names = tuple(names)
+        self.number = next(family.numbers)
+        self.recording: Recording | None = None
+        states = region.lowered.states
+        self._pairs = tuple((state.position, own) for state, own in zip(states, tensors, strict=True))
+        self._arity = len(states) + len(region.lowered.inputs) - len(region.lowered.attached)
+        self._graph: RegionGraph | None = None
+        self._factored: Callable[..., Any] | None = None
+        self._watch: Watch | None = None
+        self.step: Callable[[Sequence[Any]], Any] = self._calibrate
+        if family.phase in ("dense", "stale"):
+            self.run_dense()
+
+    def owns(self, args: Sequence[Any]) -> bool:
+        """Whether a call passes this binding's parameters."""
+        return all(args[position] is tensor for position, tensor in self._pairs)
+
+    @property
+    def graph(self) -> RegionGraph:
+        """The region with the model's parameters in it, clean."""
+        if self._graph is None:
+            self._graph = RegionGraph(self.region.lowered.bound(self.tensors, self.names))
+        return self._graph
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of its sites, once a call was calibrated."""
+        return () if self.recording is None else tuple(site.name for site in self.recording.table.sites)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is still to be told what to run."""
+        return self.step == self._calibrate
+
+    # ---- what a call may run -------------------------------------------------------------------------------------
+
+    def run_dense(self) -> None:
+        """Run the dense graph from now on."""
+        self._factored = self._watch = None
+        self.step = self._dense
+
+    def calibrate(self) -> None:
+        """Calibrate from now on."""
+        self.recording = self._factored = self._watch = self._graph = None
+        self.step = self._calibrate
+
+    def run_factored(self, module: GraphModule | None) -> None:
+        """Run a rewritten graph from now on, compiled by the inner backend; the dense one if there is none."""
+        if module is None:
+            self.run_dense()
+            return
+        self._factored = self.compiled(module)
+        self._watch = self._watch or Watch(self.names, self.tensors)
+        self.step = self._settled
+
+    def compiled(self, module: GraphModule) -> Callable[..., Any]:
+        """A rewritten graph, compiled by the inner backend when it is first called."""
+        # The limit of recompilations counts per code object.
+        knows = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        isolate: dict[str, Any] = {"isolate_recompiles": True} if knows else {}
+        run: Callable[..., Any] = torch.compile(
+            module, backend=self.region.options.inner, dynamic=self.region.lowered.dynamic, **isolate
+        )
+        return run
+
+    def dense_on(self, inputs: Sequence[Any]) -> Any:
+        """What the dense graph returns for inputs alone."""
+        args = dict(self._pairs) | dict(zip(self.region.lowered.inputs, inputs, strict=True))
+        return self._dense([args[position] for position in sorted(args)])
+
+    def _dense(self, args: Sequence[Any]) -> Any:
+        return self.region.dense(*args[: self._arity])
+
+    def _settled(self, args: Sequence[Any]) -> Any:
+        watch, factored = self._watch, self._factored
+        if watch is None or factored is None or self._needs_gradients(args):
+            return self._dense(args)
+        changed = watch.changed()
+        if changed is not None:
+            self.family.weights_changed(changed)
+            return self._dense(args)
+        return factored(*[args[position] for position in self.region.lowered.inputs])
+
+    def _calibrate(self, args: Sequence[Any]) -> Any:
+        family = self.family
+        if self._needs_gradients(args):
+            family.say_once(
+                "gradients are recorded, so the dense graph runs and nothing is calibrated; call the model under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
+            return self._dense(args)
+        if not family.work.acquire(blocking=False):
+            return self._dense(args)
+        try:
+            if family.phase != "calibrating" or family.take_saved():
+                return self.step(args) if not self.waits else self._dense(args)
+            return self._recorded(args)
+        finally:
+            family.work.release()
+
+    def _recorded(self, args: Sequence[Any]) -> Any:
+        """A calibrating call, with the family's ``work`` held."""
+        changed = None if self._watch is None else self._watch.changed()
+        if changed is not None:
+            self.family.weights_changed(changed)
+        if self._watch is None or self.recording is None:
+            steps, seed = self.region.options.calibration_steps, self.region.options.seed
+            with settled(self.tensors[0].device):
+                self._watch = Watch(self.names, self.tensors)
+                self.recording = Recording(self.graph, self.number, steps, seed)
+        lowered = self.region.lowered
+        inputs = [args[position] for position in lowered.inputs]
+        mask = None if lowered.mask is None else args[lowered.mask]
+        if self.recording.role() == "calibrate":
+            try:
+                outputs = self.recording.run(inputs, mask)
+            except CalibrationError as error:
+                self.family.say(f"graph {self.number} stays dense: {error}", logging.WARNING)
+                self.recording = None
+                self.run_dense()
+                return self._dense(args)
+        else:
+            self.recording.hold_out(inputs, mask)
+            outputs = self._dense(args)
+        self.family.count(self)
+        return outputs
+
+    def _needs_gradients(self, args: Sequence[Any]) -> bool:
+        return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
