@@ -28,7 +28,7 @@ from lowrank_fx.planners.budget import by_effect
 from lowrank_fx.planners.energy import by_energy
 from lowrank_fx.planners.problem import Allocator, Problem
 from lowrank_fx.planners.uniform import uniform
-from lowrank_fx.scored import ScoredModule
+from lowrank_fx.program_module import ProgramModule
 from lowrank_fx.session import Session
 from lowrank_fx.training_batches import flip_and_shift
 
@@ -200,7 +200,7 @@ def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, obj
     problem: Problem = session.problem
     pick = lead.allocate(problem, target.quantity, session.budget(target))
     factored = session.maker.corrected(problem.factored(pick), lead.corrected)
-    model = ScoredModule(session.program.factorize(factored, clone=False))
+    model = ProgramModule(session.program.factorize(factored, clone=False))
     return model, (problem.factored(pick), lead.corrected)
 
 

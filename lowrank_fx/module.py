@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import nn
 
 from lowrank_fx import storage
 from lowrank_fx._ambient import settled
-from lowrank_fx.capture import device_of, preserved, unwrap
-from lowrank_fx.compiling import compile_module
+from lowrank_fx.capture import preserved, unwrap
 from lowrank_fx.corrections import Made
 from lowrank_fx.errors import LowRankError, OptionError
 from lowrank_fx.exporting import Exporting
@@ -24,6 +22,7 @@ from lowrank_fx.measuring import refused_by_compile, share_of_sites, site_times
 from lowrank_fx.payoff import settle
 from lowrank_fx.plan import Plan
 from lowrank_fx.program import Program
+from lowrank_fx.program_module import ProgramModule
 from lowrank_fx.refine_options import Refine
 from lowrank_fx.refinement import refined_plan
 from lowrank_fx.report import Report
@@ -35,7 +34,7 @@ from lowrank_fx.transfer import Before
 from lowrank_fx.weight_files import MAX_SHARD_SIZE
 
 
-class LowRankModule(Exporting, nn.Module):
+class LowRankModule(Exporting, ProgramModule):
     """A model with factored layers: same inputs, same outputs and output classes, its own weights.
 
     Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
@@ -50,38 +49,10 @@ class LowRankModule(Exporting, nn.Module):
     """
 
     def __init__(self, artifact: Artifact, session: Session | None, *, compile: bool, clone: bool = True) -> None:
-        super().__init__()
+        super().__init__(artifact.program, compile=compile)
         self.artifact = artifact
-        self.compiled = compile
         self.session = session
         self._clone = clone
-        self._adopt(artifact.program.module)
-        self.eval()
-
-    def _adopt(self, module: nn.Module) -> None:
-        """Make a program's parameters and modules this module's own: the same objects under the same names.
-
-        They are shared, not copied, so whatever moves or loads this module moves or loads the program.
-        """
-        self._parameters = module._parameters
-        self._buffers = module._buffers
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self._modules = module._modules
-        self._prepare()
-
-    def _prepare(self) -> None:
-        # A plain function: kept as an attribute, the program's module would register as a child.
-        module = self.artifact.program.module
-        self._run: Callable[..., Any] = compile_module(module) if self.compiled else module.__call__
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; any call that ``forward`` of the original binds to the captured inputs.
-
-        Raises:
-            CallError: the call passes other arguments, constants or static sizes than were captured.
-        """
-        args, kwargs = self.artifact.program.bind(args, kwargs)
-        return self._run(*args, **kwargs)
 
     @property
     def plan(self) -> Plan:
@@ -163,21 +134,6 @@ class LowRankModule(Exporting, nn.Module):
             StorageError: the folder cannot be written.
         """
         storage.save(self.artifact, folder, max_shard_size)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the training flag; what a captured graph computes stays that of eval mode, a module tree obeys."""
-        self.artifact.program.train(mode)
-        self.training = mode
-        return self
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        before = device_of(self)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = device_of(self)
-        if before != after:
-            self.artifact.program.moved(before, after)
-            self._prepare()
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankModule:
         source = self.artifact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -15,10 +15,11 @@ from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.passes.fold_constants import FoldConstants
+from lowrank_fx.program_module import ProgramModule
 from lowrank_fx.rewrite import copy_graph_module
 
 
-class FoldedModule(nn.Module):
+class FoldedModule(ProgramModule):
     """A captured model whose factored pairs are dense operators: same inputs, outputs and output classes.
 
     Its weights are its own. It was captured in eval mode: ``train()`` sets the flag, but dropout stays off.
@@ -29,38 +30,9 @@ class FoldedModule(nn.Module):
     """
 
     def __init__(self, program: GraphProgram, changes: tuple[str, ...], left_alone: tuple[str, ...]) -> None:
-        super().__init__()
-        module = program.module
-        # The same objects under the same names: what moves or loads this module moves or loads the graph.
-        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self._program = program
+        super().__init__(program)
         self.changes = changes
         self.left_alone = left_alone
-        self.eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; any call that ``forward`` of the original binds to the captured inputs.
-
-        Raises:
-            CallError: the call passes other arguments, constants or static sizes than were captured.
-        """
-        args, kwargs = self._program.bind(args, kwargs)
-        return self._program.module(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the training flag; what the graph computes stays that of eval mode."""
-        self._program.train(mode)
-        self.training = mode
-        return self
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        before = device_of(self)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = device_of(self)
-        if before != after:
-            self._program.moved(before, after)
-        return self
 
 
 def fold_pairs(
