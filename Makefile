@@ -18,9 +18,9 @@ demo: $(VENV)/.stamp-demo  ## factor a real sentence encoder, print the report a
 test: $(VENV)/.stamp-test  ## run the tests, without those marked slow
 	$(VENV)/bin/python -m pytest -n auto
 
-bench: $(VENV)/.stamp-demo  ## measure accuracy and the cost of calibration, into benchmarks/results
-	$(VENV)/bin/python benchmarks/bench_accuracy.py
-	$(VENV)/bin/python benchmarks/bench_calibration.py
+bench: $(VENV)/.stamp-bench  ## measure accuracy, cost, speed and exports, into benchmarks/results (hours)
+	set -e; for name in accuracy calibration sketch ideas layers models peers export backend; do \
+	  $(VENV)/bin/python benchmarks/bench_$$name.py; done
 
 zoo: $(VENV)/.stamp-test  ## check every architecture of the zoo, into benchmarks/results
 	$(VENV)/bin/python benchmarks/bench_zoo.py
@@ -57,6 +57,12 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-torch
 	$(PIP) install -c constraints.txt --no-deps torchvision
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
 	@rm -f $(VENV)/.stamp-demo
+	@touch $@
+
+# The peers that are measured beside, and what draws the charts.
+$(VENV)/.stamp-bench: $(VENV)/.stamp-test
+	@echo "installing the benchmarks into $(VENV)"
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,bench]'
 	@touch $@
 
 # mypy reads the types of what the demo imports, hence that extra.
