@@ -60,14 +60,14 @@ class TapObserver(nn.Module):
         sketch: where the rows go.
         fan_out: sum of the output features of the layers behind the tap.
         recorder: knows the batch's index and padding mask.
-        min_rows: rows that are always kept of a batch.
+        min_rows: rows that are always kept of a batch; ``MIN_ROWS`` by default.
     """
 
     _is_impure = True
 
-    def __init__(self, tap: Tap, sketch: Sketch, fan_out: int, recorder: Recorder, min_rows: int = MIN_ROWS) -> None:
+    def __init__(self, tap: Tap, sketch: Sketch, fan_out: int, recorder: Recorder, min_rows: int | None = None) -> None:
         super().__init__()
-        self.min_rows = min_rows
+        self.min_rows = MIN_ROWS if min_rows is None else min_rows
         self.tap = tap
         self.sketch = sketch
         self.fan_out = fan_out

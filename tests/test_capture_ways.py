@@ -176,7 +176,7 @@ def test_another_target_folding_saving_and_copying(tree: tuple[Net, LowRankModul
             loaded = lowrank_fx.load(model, tmp_path / str(number), compile=False)
             assert way(loaded) == "modules"
             assert torch.equal(loaded(x), each(x))
-            assert loaded.plan == made.plan
+            assert loaded.plan == each.plan
             assert list(loaded.state_dict()) == list(each.state_dict())
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     for each in (made, copied, folded, other):
