@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_fx import export_to_onnx, export_to_torch
 from lowrank_fx._ambient import settled
-from lowrank_fx.errors import OptionError
+from lowrank_fx.errors import ExportError, OptionError
 from lowrank_fx.export_inputs import dimension_names
 from lowrank_fx.export_parity import TOLERANCES, coarsest_dtype, compare_outputs, written
 from lowrank_fx.export_program import Subject, check_inputs, exported, input_shapes, subject
@@ -90,7 +90,8 @@ def export_onnx(
         artifact: the model.
         path: the file.
         session: gives held-out inputs for the check; None for a loaded or folded model.
-        dynamic: whether the batch, and the sequence, may change as they could when the model was captured.
+        dynamic: whether the batch, and the sequence, may change as they could when the model was captured; if not,
+            every size is fixed to that of ``example``, or of the inputs that the file is checked with.
         opset: of the file; by default the exporter's own.
         external_data: whether weights go to a file of their own; see :func:`lowrank_fx.export_to_onnx.write`.
         example: a batch that the file is checked with.
@@ -208,6 +209,9 @@ class _Check:
     """
 
     def __init__(self, given: Subject, path: Path, tolerance: float | None, *, dynamic: bool = True) -> None:
+        if path.is_dir() or not path.parent.is_dir():
+            cause = "it is a folder" if path.is_dir() else "No such file or directory"
+            raise ExportError(f"{path} cannot be written: {cause}")
         self.subject = given
         self.path = path
         self.inputs = check_inputs(given, dynamic=dynamic)

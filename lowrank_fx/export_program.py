@@ -7,6 +7,7 @@ stay so. A module tree is captured first, where ``torch.export`` takes it.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,7 +177,7 @@ def subject(artifact: Artifact, session: Session | None, example: Any = None) ->
         if call is None:
             raise ExportError(
                 "the model was taken as a module tree, which has to run once to become a graph, and a loaded or folded "
-                "model keeps no inputs; pass example=, a batch such as it was calibrated on"
+                "model keeps no inputs; pass example= (on the command line --data), such as it was calibrated with"
             )
         module, calls = _captured(program, call)
     casts = _casts(module)
@@ -228,7 +229,15 @@ def input_shapes(program: ExportedProgram) -> Shapes:
 
 
 def check_inputs(subject: Subject, *, dynamic: bool) -> list[list[Tensor]]:
-    """One or two lists of inputs to check a file with; see :func:`~lowrank_fx.export_inputs.trials`."""
+    """One or two lists of inputs to check a file with; see :func:`~lowrank_fx.export_inputs.trials`.
+
+    Sizes that are fixed are those of the example that was given.
+
+    Raises:
+        CallError: the model takes no inputs of these sizes.
+    """
+    if not dynamic and subject.source == GIVEN:
+        return [[tensor.contiguous() for tensor in subject.tensors]]
     found = trials(subject.tensors, subject.shapes, subject.calls, subject.leaves)
     return found if dynamic else found[:1]
 
@@ -276,9 +285,15 @@ def _captured(program: Program, call: Call) -> tuple[GraphModule, CallSignature]
         captured = capture(program.module, call.to("cpu"))
     except CaptureError as error:
         raise ExportError(
-            f"the model runs as a module tree and cannot become a graph, so it cannot be exported: {error}"
+            "the model runs as a module tree and cannot become a graph, so it cannot be exported: "
+            f"{_without_hint(error)}"
         ) from error
     return captured.graph_module, captured.calls
+
+
+def _without_hint(error: CaptureError) -> str:
+    """What capture says, without the advice to take the module tree, which the model was taken as."""
+    return re.sub(r"(, or|; if the model runs by itself,) pass capture='modules'.*", "", str(error), flags=re.DOTALL)
 
 
 def _casts(module: GraphModule) -> dict[torch.dtype, torch.dtype]:

@@ -49,7 +49,8 @@ class Exporting:
         Args:
             path: the file; its folder must exist.
             fold: one dense node per layer, as :meth:`fold` makes them.
-            dynamic: the batch, and the sequence, may change as they may here; False fixes every size.
+            dynamic: the batch, and the sequence, may change as they may here; False fixes every size to that of
+                ``example``, or of the inputs that the file is checked with.
             opset: of the file; by default the exporter's own.
             external_data: weights in a file of their own, ``path`` with ``.data`` behind it; ``"auto"`` where they
                 exceed the 2 GB that an ONNX file may have.

@@ -69,7 +69,7 @@ class Keep:
             (``gauge.py``). They round about ten times as much as plain ones: leave it off for a model that is going to
             run in half precision or under autocast.
         latency: share of the original's time that may remain on the first calibration batch, in (0, 1], both compiled
-            if the result is. Exactly one of the three is given.
+            if the result is, held to within the standard error of the measurement. Exactly one of the three is given.
 
     Raises:
         TargetError: not exactly one of ``params``, ``flops`` and ``latency``, a share outside (0, 1], an unknown

@@ -38,7 +38,7 @@ from lowrank_fx.patches import Patch
 from lowrank_fx.sites import Site
 
 COLD_BYTES = 8 * 2**20
-"""How many bytes of weights a turn goes through."""
+"""How many bytes of weights a turn goes through, where ``MOST_COPIES`` are as many."""
 
 MOST_COPIES = 8
 """How many copies of a weight there are at most."""

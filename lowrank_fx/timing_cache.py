@@ -70,7 +70,7 @@ class TimingCache:
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 return {}
             return {
-                str(operator): {str(pair): _entry(values) for pair, values in pairs.items()}
+                str(operator): {_pair(pair): _entry(values) for pair, values in pairs.items()}
                 for operator, pairs in data["environments"].get(environment, {}).items()
             }
         except (StorageError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -86,7 +86,8 @@ class TimingCache:
             return
         try:
             environments = self._others()
-            own = environments.setdefault(environment, {})
+            own = {operator: _sound(pairs) for operator, pairs in environments.get(environment, {}).items()}
+            environments[environment] = own
             for operator, pairs in entries.items():
                 packed = {pair: [*astuple(entry.timing), entry.sure] for pair, entry in pairs.items()}
                 own.setdefault(operator, {}).update(packed)
@@ -120,9 +121,16 @@ def environment(device: torch.device) -> str:
     else:
         words += [device.type, _accelerator(device)]
         if device.type == "cuda":
-            words += [f"TF32 {torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}"]
+            words += [f"{_precision(torch.backends.cuda.matmul)}, {_precision(torch.backends.cudnn)}"]
+    words += [f"matmul {torch.get_float32_matmul_precision()}"]
     words += [f"deterministic {torch.are_deterministic_algorithms_enabled()}"]
     return ", ".join(words)
+
+
+def _precision(backend: Any) -> str:
+    """How a backend multiplies float32; torch refuses to tell by the old name what was set by the new one."""
+    new = getattr(backend, "fp32_precision", None)
+    return f"precision {new}" if new is not None else f"TF32 {backend.allow_tf32}"
 
 
 def _accelerator(device: torch.device) -> str:
@@ -140,6 +148,25 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _sound(pairs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that can be read back: one that cannot would make the file damaged for good."""
+    kept = {}
+    for pair, values in pairs.items():
+        try:
+            _entry(values)
+            kept[_pair(pair)] = values
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return kept
+
+
+def _pair(key: str) -> str:
+    rank = key.rpartition(" ")[2]
+    if not (rank.isascii() and rank.isdigit() and int(rank) > 0):
+        raise ValueError(f"{key!r} is no form and rank")
+    return key
 
 
 def _entry(values: Any) -> Entry:

@@ -51,12 +51,15 @@ class MergeAdapters(Pass):
         refusals: list[Refusal] = []
         reading = Reading(gm)
         for node in list(gm.graph.nodes):
-            if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+            if node.target is not aten.add.Tensor:
                 continue
+            alpha = node.kwargs.get("alpha", 1)  # the factor of the second operand
             sides = [each for each in node.args if isinstance(each, Node)]
             reason = ""
             for layer, adapter in (sides, sides[::-1]) if len(sides) == 2 else ():
-                found = _read(reading, node, layer, adapter)
+                if alpha != 1 and adapter is sides[0]:
+                    continue
+                found = _read(reading, node, layer, adapter, float(alpha))
                 if isinstance(found, str):
                     reason = reason or found
                     continue
@@ -72,14 +75,20 @@ class MergeAdapters(Pass):
         return PassResult(tuple(changes), tuple(refusals))
 
 
-def _read(reading: Reading, add: Node, layer: Node, adapter: Node) -> tuple[Node, Composition, float] | str | None:
+def _read(
+    reading: Reading, add: Node, layer: Node, adapter: Node, scale: float
+) -> tuple[Node, Composition, float] | str | None:
     """The layer's node, what the adapter computes, and its scale; why they do not merge; None if they are no such."""
-    base, outer, scale = source(layer), source(adapter), 1.0
-    if outer.target is aten.mul.Tensor:
+    base, outer = source(layer), source(adapter)
+    if outer.target in (aten.mul.Tensor, aten.div.Tensor):
         numbers = [each for each in outer.args if isinstance(each, int | float)]
         if len(numbers) != 1:
             return None
-        scale, outer = float(numbers[0]), source(outer.all_input_nodes[0])
+        divided = outer.target is aten.div.Tensor
+        if divided and (numbers[0] == 0 or not isinstance(outer.args[0], Node)):
+            return None
+        scale *= 1 / float(numbers[0]) if divided else float(numbers[0])
+        outer = source(outer.all_input_nodes[0])
     while base.target in _VIEWS:
         base = source(base.all_input_nodes[0])
     if base not in reading.uses or outer not in reading.uses:

@@ -333,6 +333,26 @@ def test_every_size_may_be_fixed_and_the_opset_chosen(tagger: Case, tmp_path: Pa
     assert products(model)[0] == products(read(tagger.factored))[0]
 
 
+def test_fixed_sizes_are_those_of_the_example(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)))
+    module = made_of(model, [torch.randn(8, 16, generator=generator) for _ in range(5)], target=Keep(params=0.7))
+    example = torch.randn(1, 16, generator=generator)
+    made = module.export_onnx(tmp_path / "m.onnx", dynamic=False, example=example)
+    assert ([list(value.shape) for value in read(made).graph.inputs], made.batch_sizes) == ([[1, 16]], (1,))
+    with torch.no_grad():
+        assert (
+            distance(run(made.path, dict(zip(made.inputs, [example], strict=True)))[made.outputs[0]], module(example))
+            < 1e-6
+        )
+
+
+def test_a_goal_that_cannot_be_written_is_told_before_any_work(tagger: Case, tmp_path: Path) -> None:
+    for goal in (tmp_path, tmp_path / "nowhere" / "m.onnx"):
+        with pytest.raises(ExportError, match=f"{goal} cannot be written"):
+            tagger.module.export_onnx(goal)
+
+
 # ---- other models ----------------------------------------------------------------------------------------------------
 
 
@@ -454,7 +474,7 @@ def test_a_module_tree_is_exported_if_it_can_become_a_graph(tmp_path: Path) -> N
     assert made.dynamic == ("batch",)
     module.save(tmp_path / "saved")
     loaded = lowrank_fx.load(model, tmp_path / "saved", compile=False)
-    with pytest.raises(ExportError, match=r"module tree.* has to run once .* pass example="):
+    with pytest.raises(ExportError, match=r"module tree.* has to run once .* pass example= "):
         loaded.export_onnx(tmp_path / "n.onnx")
     stubbed_example = loaded.export_pt2(tmp_path / "n.pt2", example=batches[0])
     assert stubbed_example.error < 1e-6

@@ -246,6 +246,8 @@ def test_runs_side_by_side_keep_what_the_others_measured(tmp_path: Path) -> None
         '{"format": 1, "environments": {"here": {"a": {"lowrank 8": [-1, 1, 1, 0, 9, false]}}}}',
         '{"format": 1, "environments": {"here": {"a": {"lowrank 8": [1e999, 1, 1, 0, 9, false]}}}}',
         '{"format": 1, "environments": {"here": {"a": {"lowrank 8": ["x", 1, 1, 0, 9, false]}}}}',
+        '{"format": 1, "environments": {"here": {"a": {"lowrank x": [2, 1, 1, 0, 9, false]}}}}',
+        '{"format": 1, "environments": {"here": {"a": {"lowrank 0": [2, 1, 1, 0, 9, false]}}}}',
     ],
 )
 def test_a_damaged_file_is_passed_over_and_written_anew(tmp_path: Path, damage: str) -> None:

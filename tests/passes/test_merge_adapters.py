@@ -102,6 +102,16 @@ class Turned(nn.Module):
         return torch.addmm(self.bias, x.reshape(-1, 16), self.weight).reshape(*x.shape[:-1], 20)
 
 
+class Divided(Adapted):
+    def beside(self, x: Tensor) -> Any:
+        return self.up(self.down(x)) / 4
+
+
+class Weighted(Adapted):
+    def forward(self, x: Tensor) -> Any:
+        return torch.add(self.layer(x), self.beside(x), alpha=0.5)
+
+
 class Several(Adapted):
     def __init__(self) -> None:
         super().__init__(*linear())
@@ -116,6 +126,8 @@ class Several(Adapted):
     [
         (lambda: Adapted(Turned(), *linear()[1:]), (2, 5, 16), 1),
         (Several, (4, 16), 2),
+        (lambda: Divided(*linear()), (4, 16), 1),
+        (lambda: Weighted(*linear()), (4, 16), 1),
         (lambda: Adapted(nn.Linear(16, 20), nn.Linear(16, 3), nn.Linear(3, 20)), (4, 16), 1),
         (lambda: Adapted(nn.Linear(16, 20), nn.Linear(16, 30), nn.Linear(30, 20)), (4, 16), 1),
     ],
