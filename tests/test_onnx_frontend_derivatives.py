@@ -113,7 +113,7 @@ def test_every_operator(operator: str, others: Sequence[Any], attributes: dict[s
     x = torch.from_numpy(values(2, 6, 8, 8, seed=4))
     behind = Derivatives(model, ["start"])
     assert behind.missing == ()
-    outputs, known = Runner(model, watched=behind.watched).run({"x": x}, watched=behind.watched)
+    outputs, known, _ = Runner(model, watched=behind.watched).run_filled({"x": x}, watched=behind.watched)
     with torch.enable_grad():
         found, starts = behind.evaluate(known, outputs)
     assert set(found) == set(names)
@@ -181,7 +181,7 @@ def test_an_operator_without_a_derivative_is_told(tmp_path: Path) -> None:
 def test_outputs_that_are_read_wrongly_give_no_derivative() -> None:
     model = OnnxModel(mlp())
     behind = Derivatives(model, ["h0"])
-    outputs, known = Runner(model, watched=behind.watched).run(
+    outputs, known, _ = Runner(model, watched=behind.watched).run_filled(
         {"x": torch.from_numpy(batches(1)[0])}, watched=behind.watched
     )
     behind.evaluate(known, outputs)

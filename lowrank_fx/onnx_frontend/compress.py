@@ -22,7 +22,7 @@ from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.corrections import Made
 from lowrank_fx.curves import error_curves
 from lowrank_fx.effects import held_out_error, measure_effects
-from lowrank_fx.errors import CalibrationError, LowRankError, OptionError, TargetError
+from lowrank_fx.errors import CalibrationError, LowRankError, OptionError, StorageError, TargetError
 from lowrank_fx.forms import FORMS
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.latency import PairedTiming, paired_speedup
@@ -133,6 +133,7 @@ def onnx_compress(
             raise OptionError(f"forms={list(forms or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
     if isinstance(skip, str):
         raise OptionError(f"skip={skip!r}: give a list or tuple of names, such as skip=('...',)")
+    _check_goal(path_out)
     memory = parse_bytes(sketch_memory)
     program = OnnxProgram(read_model(path_in))
     with settled(program.device) as remarks:
@@ -238,7 +239,7 @@ def _written(session: Session, program: OnnxProgram, target: Target, source: Pat
         _copy(program.model, source, goal)
         return OnnxResult(goal, plan, None, 0.0)
     timing = timing if timing is not None else time_of(plan, made)
-    with written(rewritten(made), goal) as draft:
+    with written(rewritten(made), goal, source) as draft:
         error = held_out_error(OnnxProgram(read_model(draft)), session.calibration.report_batches)
         rounding = max(ROUNDING[getattr(torch, site.dtype.removeprefix("torch."))] for site in session.table.sites)
         if not error <= plan.error * (1 + DRIFT) + rounding:
@@ -265,12 +266,29 @@ def _timed(session: Session, before: OnnxModel, after: OnnxModel) -> PairedTimin
 
 def _copy(model: OnnxModel, source: Path, goal: Path) -> None:
     """The original, byte for byte, or with its tensors in a file beside the new one."""
-    from lowrank_fx.onnx_frontend.model import written
+    from lowrank_fx.onnx_frontend.model import drop_tensor_files, written
 
     if model.external:
-        with written(model, goal):
+        with written(model, goal, source):
             return
     write_atomic(goal, source.read_bytes())
+    drop_tensor_files(goal, source=source)
+
+
+def _check_goal(path: str | os.PathLike[str]) -> None:
+    """Calibration takes its time; what cannot be written is told before."""
+    goal = Path(path)
+    if goal.is_dir():
+        fault = "it is a folder; name a file"
+    elif goal.exists() and not goal.is_file():
+        fault = "it is there and is no file"
+    elif not goal.parent.is_dir():
+        fault = f"there is no folder {str(goal.parent)!r}; make it first"
+    elif not os.access(goal.parent, os.W_OK | os.X_OK):
+        fault = f"the folder {str(goal.parent)!r} may not be written to"
+    else:
+        return
+    raise StorageError(f"{os.fspath(path)!r} could not be written: {fault}")
 
 
 def _require() -> None:

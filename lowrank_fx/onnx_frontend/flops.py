@@ -35,7 +35,8 @@ def count_flops(model: OnnxModel, inputs: Mapping[str, Tensor]) -> int:
         made.graph.output.append(ValueInfoProto(name=_MARK + name))
     if not values:
         return 0
-    outputs, _ = Runner(OnnxModel(made)).run(inputs)
+    # Nothing is cut: a list of sizes may be as long as a fixed batch.
+    outputs, _, _ = Runner(OnnxModel(made)).run_filled(inputs)
     shapes = {name: [int(size) for size in outputs[_MARK + name]] for name in values}
     return sum(_flops(node, [shapes[name] for name in (*node.input[:3], node.output[0]) if name]) for node in counted)
 

@@ -117,8 +117,18 @@ def _mismatch(info: ValueInfoProto, tensor: Tensor) -> str | None:
             for place, (wanted, size) in enumerate(zip(dims, tensor.shape, strict=False))
         )
         if not fits:
-            return f"input {info.name!r} takes {_shape(info)}, and was given {describe(tensor)}"
+            told = f"input {info.name!r} takes {_shape(info)}, and was given {describe(tensor)}"
+            return told + _too_many_rows(dims, tensor)
     return None
+
+
+def _too_many_rows(dims: list[int | None], tensor: Tensor) -> str:
+    """The remedy where nothing but the number of rows is too large; nothing where that is not so."""
+    rows = dims[0] if len(dims) == tensor.dim() > 1 else None
+    rest = zip(dims[1:], tensor.shape[1:], strict=False)
+    if not rows or tensor.shape[0] < rows or not all(wanted is None or size == wanted for wanted, size in rest):
+        return ""
+    return f"; the file fixes its batch: give batches of at most {rows} row{'' if rows == 1 else 's'}"
 
 
 def _shape(info: ValueInfoProto) -> str:

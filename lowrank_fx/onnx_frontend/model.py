@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ import onnx
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
 
+from lowrank_fx._files import sync_file, sync_folder
 from lowrank_fx.errors import CaptureError, LowRankError, StorageError
 
 INLINE_BYTES = 2**31 - 2**26
@@ -186,11 +189,17 @@ def read_model(path: str | os.PathLike[str]) -> OnnxModel:
 
 
 @contextlib.contextmanager
-def written(model: OnnxModel, path: str | os.PathLike[str]) -> Iterator[Path]:
+def written(model: OnnxModel, path: str | os.PathLike[str], source: Path | None = None) -> Iterator[Path]:
     """Write a model beside ``path``, checked, and put it in its place when the body is done without an error.
 
     Initializers that the original kept outside of its file go into ``NAME.DIGEST.data`` beside the new one, and so do
     all large ones where the whole would not fit a protobuf message. A reader sees the old file or the new one.
+    Such files of what stood at ``path`` before are deleted.
+
+    Args:
+        model: what is written.
+        path: where it goes.
+        source: an ONNX file that keeps the files that it refers to.
 
     Yields:
         Where the file is until then.
@@ -214,12 +223,38 @@ def written(model: OnnxModel, path: str | os.PathLike[str]) -> Iterator[Path]:
             except onnx.checker.ValidationError as error:
                 raise LowRankError(f"the model made for {target} is not valid ONNX: {_first_line(error)}") from error
             yield draft
-            for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # what refers comes last
+            mode = stat.S_IMODE(draft.stat().st_mode)
+            files = sorted(folder.iterdir(), key=lambda file: file.name == target.name)  # what refers comes last
+            for file in files:
+                file.chmod(mode)  # what onnx puts outside is for its owner alone
+                sync_file(file)
+            for file in files:
                 os.replace(file, target.with_name(file.name))
+            sync_folder(target.parent)
+            drop_tensor_files(target, {file.name for file in files}, source)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"{target} could not be written: {error.strerror or error}") from error
+
+
+def drop_tensor_files(target: Path, kept: Collection[str] = (), source: Path | None = None) -> None:
+    """Delete the files of tensors that :func:`written` put beside what stood at ``target`` before.
+
+    Args:
+        target: the ONNX file.
+        kept: names of files that stay.
+        source: an ONNX file that keeps the files that it refers to.
+    """
+    named = re.compile(re.escape(target.name) + r"\.[0-9a-f]{12}\.data")
+    # The file is in its place: what cannot be deleted, or may still be needed, stays.
+    with contextlib.suppress(OSError):
+        old = [file for file in target.parent.iterdir() if named.fullmatch(file.name) and file.name not in kept]
+        # Names stand in a message as they are, those in branches and attributes too.
+        told = source.read_bytes() if old and source is not None else b""
+        for file in old:
+            if file.name.encode() not in told:
+                file.unlink()
 
 
 def serialized(model: ModelProto, folder: Callable[[], str]) -> bytes | str:

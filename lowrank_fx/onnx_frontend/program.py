@@ -23,7 +23,7 @@ from lowrank_fx.onnx_frontend.derivatives import Derivatives
 from lowrank_fx.onnx_frontend.flops import count_flops
 from lowrank_fx.onnx_frontend.inputs import named
 from lowrank_fx.onnx_frontend.model import OnnxModel, describe_node
-from lowrank_fx.onnx_frontend.runtime import Runner
+from lowrank_fx.onnx_frontend.runtime import Runner, cut_activation, cut_output
 from lowrank_fx.onnx_frontend.sites import find_sites
 from lowrank_fx.program import Factored, Outputs, Program, Trials, flat
 from lowrank_fx.sites import Site, SiteTable
@@ -70,7 +70,7 @@ class OnnxProgram(Program):
         self.model = model
         self.cleanup = ()
         self.notes = notes
-        self.module = OnnxModule(lambda inputs: self._runner.run(inputs)[0])
+        self.module = OnnxModule(lambda inputs: self._runner.run(inputs))
         self._origin = origin
 
     @cached_property
@@ -115,14 +115,14 @@ class OnnxProgram(Program):
         runner = Runner(self.model, watched=nodes)
 
         def run(call: Call) -> Outputs:
-            outputs, values = runner.run(call.kwargs, watched=nodes)
+            outputs, values, rows = runner.run_filled(call.kwargs, watched=nodes)
             for tap in table.taps.values():
                 try:
-                    observers[tap.name](values[tap.node])
+                    observers[tap.name](cut_activation(values[tap.node], rows, tap.groups))
                 except CalibrationError as error:
                     reader = describe_node(self.model.producers[tap.reader])
                     raise CalibrationError(f"{error} (the {reader} reads it as {tap.node!r})") from error
-            return flat(list(outputs.values()))
+            return flat([cut_output(value, rows) for value in outputs.values()])
 
         return run
 
@@ -153,18 +153,19 @@ class OnnxProgram(Program):
     def probed(self, nodes: Sequence[str]) -> Callable[[Call], tuple[Outputs, dict[str, Tensor]]]:
         """A session of its own; where gradients are recorded, torch evaluates what lies behind the nodes once more.
 
-        What is returned then raises RuntimeError for a model that has no derivative.
+        What is returned then raises RuntimeError for a model that has no derivative. The values at the nodes keep rows
+        that fill up a fixed batch: the graph may fix their number too. Outputs are cut, and do not depend on them.
         """
         behind = Derivatives(self.model, nodes)
         watched = list(dict.fromkeys((*nodes, *behind.watched)))
         runner = Runner(self.model, watched=watched)
 
         def run(call: Call) -> tuple[Outputs, dict[str, Tensor]]:
-            outputs, values = runner.run(call.kwargs, watched=watched)
+            outputs, values, rows = runner.run_filled(call.kwargs, watched=watched)
             found = {name: values[name] for name in nodes}
             if torch.is_grad_enabled():
                 outputs, found = behind.evaluate(values, outputs)
-            return flat(list(outputs.values())), found
+            return flat([cut_output(value, rows) for value in outputs.values()]), found
 
         return run
 
@@ -208,4 +209,4 @@ class OnnxProgram(Program):
         """Nothing to do: it stays on the CPU."""
 
     def _run(self, call: Call, values: Mapping[str, Tensor]) -> Outputs:
-        return flat(list(self._runner.run(call.kwargs, values)[0].values()))
+        return flat(list(self._runner.run(call.kwargs, values).values()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -21,6 +21,16 @@ from lowrank_fx.onnx_frontend.model import OnnxModel, constant_of, serialized
 
 MIN_IR = 4
 """The first version in which an initializer may be an input or not."""
+
+REPEATED = 1e-2
+"""How far, relative to the largest number, rows that were filled up may be from those that they repeat."""
+
+
+class Filled(NamedTuple):
+    """How many rows were given, and to how many of them the batch was filled up."""
+
+    given: int
+    fixed: int
 
 
 class Runner:
@@ -59,9 +69,7 @@ class Runner:
                 line = str(error).strip().splitlines()[0]
                 raise CaptureError(f"onnxruntime cannot load the model: {type(error).__name__}: {line}") from error
 
-    def run(
-        self, inputs: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None, watched: Sequence[str] = ()
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def run(self, inputs: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Run the model; the inputs stay as they are.
 
         Where the model fixes the number of rows and an input has fewer, its rows are repeated to fill them up, and
@@ -70,34 +78,80 @@ class Runner:
         Args:
             inputs: by name.
             values: of replaceable constants, by name.
+
+        Returns:
+            The outputs by name, as tensors where they are tensors of numbers.
+        """
+        outputs, _, rows = self.run_filled(inputs, values)
+        return {name: cut_output(value, rows) for name, value in outputs.items()}
+
+    def run_filled(
+        self, inputs: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None, watched: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Any], Filled | None]:
+        """Run the model as :meth:`run` does, and cut nothing.
+
+        Args:
+            inputs: by name.
+            values: of replaceable constants, by name.
             watched: values that are wanted besides the outputs.
 
         Returns:
-            The outputs and the watched values, by name, as tensors where they are tensors of numbers.
+            The outputs and the watched values, by name, as tensors where they are tensors of numbers, and how the rows
+            were filled up; None where they were not.
         """
         feeds, rows = self._filled(inputs)
         feeds.update((name, _array(tensor)) for name, tensor in (values or {}).items())
         computed = [name for name in watched if name not in self.model.inputs]
         names = list(dict.fromkeys((*self.model.outputs, *computed)))
         found = dict(zip(names, map(_tensor, self.session.run(names, feeds)), strict=True))
-        outputs = {name: _cut(found[name], rows) for name in self.model.outputs}
+        outputs = {name: found[name] for name in self.model.outputs}
         own = {name: torch.from_numpy(feeds[name].copy()) for name in watched if name in self.model.inputs}
-        return outputs, {name: own[name] if name in own else found[name] for name in watched}
+        return outputs, {name: own[name] if name in own else found[name] for name in watched}, rows
 
     def bound(self, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         """The inputs as the session itself takes them."""
         return self._filled(inputs)[0]
 
-    def _filled(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray[Any, Any]], tuple[int, int] | None]:
+    def _filled(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray[Any, Any]], Filled | None]:
         feeds = {name: _array(tensor) for name, tensor in inputs.items()}
-        cut: tuple[int, int] | None = None
+        rows: Filled | None = None
         for name, array in feeds.items():
             dims = self.model.inputs[name].type.tensor_type.shape.dim
             fixed = dims[0].dim_value if len(dims) else 0
             if array.ndim and 0 < array.shape[0] < fixed:
-                cut = (array.shape[0], fixed)
+                rows = Filled(array.shape[0], fixed)
                 feeds[name] = array[np.arange(fixed) % array.shape[0]]
-        return feeds, cut
+        return feeds, rows
+
+
+def cut_output(value: Any, rows: Filled | None) -> Any:
+    """What a model returned, without the rows that filled up the batch."""
+    if rows is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] != rows.fixed:
+        return value
+    return value[: rows.given]
+
+
+def cut_activation(value: Tensor, rows: Filled | None, groups: int = 1) -> Tensor:
+    """What a layer reads, without the rows that filled up the batch.
+
+    Its first dimension may have more in it than the batch, such as the tokens ``[B * T]``. Any dimension may be a
+    multiple of the batch by chance, so such rows are dropped only where they repeat those that were given.
+
+    Args:
+        value: the activation, ``[groups, n, d]`` or ``[..., groups, n, d]`` where there are groups.
+        rows: how the batch was filled up.
+        groups: of the tap.
+    """
+    if rows is None or not value.dim() or value.shape[0] % rows.fixed or (groups > 1 and value.dim() == 3):
+        return value
+    each = value.shape[0] // rows.fixed
+    if each > 1:
+        samples = value.reshape(rows.fixed, -1)
+        repeated = samples[torch.arange(rows.given, rows.fixed, device="cpu") % rows.given]
+        distance = (samples[rows.given :].double() - repeated.double()).abs()
+        if not bool((distance <= REPEATED * repeated.double().abs().max()).all()):
+            return value
+    return value[: rows.given * each]
 
 
 def _open(made: ModelProto, model: OnnxModel, names: Sequence[str]) -> None:
@@ -130,9 +184,3 @@ def _tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype != object and value.dtype.kind in "biufc":
         return torch.from_numpy(value)
     return [_tensor(item) for item in value] if isinstance(value, list) else value
-
-
-def _cut(value: Any, rows: tuple[int, int] | None) -> Any:
-    if rows is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] != rows[1]:
-        return value
-    return value[: rows[0]]
