@@ -286,7 +286,7 @@ def survey_ranks(ranks: Sequence[int], count: int) -> tuple[int, ...]:
     """About ``count`` of the ranks on offer, the smallest and the largest among them, evenly spread in between.
 
     >>> survey_ranks(range(8, 192, 8), 4)
-    (8, 72, 128, 184)
+    (8, 64, 128, 184)
     """
     last = len(ranks) - 1
     places = {round(last * step / max(count - 1, 1)) for step in range(count)} if ranks else set()
