@@ -21,21 +21,19 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from lowrank_fx._ambient import settled
+from lowrank_fx.backend.members import Member, Rivals
 from lowrank_fx.backend.options import BackendOptions
-from lowrank_fx.backend.planning import Planned, make_plan, rewritten
-from lowrank_fx.backend.recording import Recording
-from lowrank_fx.backend.regions import RegionGraph
+from lowrank_fx.backend.planning import Planned, make_plan
+from lowrank_fx.backend.roots import parameters_of
 from lowrank_fx.backend.saved import Saved, read_saved
-from lowrank_fx.backend.watch import on_optimizer_step
-from lowrank_fx.corrections import Made
+from lowrank_fx.backend.watch import Watch, on_optimizer_step
 from lowrank_fx.errors import CalibrationError, LowRankError
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan
@@ -49,44 +47,8 @@ PATIENCE = 2
 logger = logging.getLogger("lowrank_fx.backend")
 
 _FAMILIES: weakref.WeakSet[Family] = weakref.WeakSet()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _SERIAL = itertools.count()
-
-
-class Member(Protocol):
-    """A graph with one model's parameters, as its family knows it."""
-
-    number: int
-    names: tuple[str, ...]
-    tensors: tuple[Tensor, ...]
-    recording: Recording | None
-
-    @property
-    def graph(self) -> RegionGraph:
-        """The graph, clean."""
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The names of its sites, once a call was calibrated."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is still to be told what to run."""
-
-    def calibrate(self) -> None:
-        """Calibrate from now on."""
-
-    def run_dense(self) -> None:
-        """Run the dense graph from now on."""
-
-    def run_factored(self, module: GraphModule | None) -> None:
-        """Run a rewritten graph from now on; the dense one if there is none."""
-
-    def compiled(self, module: GraphModule) -> Callable[..., Any]:
-        """A rewritten graph, compiled."""
-
-    def dense_on(self, inputs: Sequence[Any]) -> Any:
-        """What the dense graph returns for inputs."""
 
 
 class Family:
@@ -124,6 +86,8 @@ class Family:
         self._counts: Counter[str] = Counter()
         self._changed: str | None = None
         self._told: set[str] = set()
+        self._watch: Watch | None = None
+        self._hopeful = False
 
     @property
     def root(self) -> nn.Module | None:
@@ -148,24 +112,29 @@ class Family:
             member: the graph.
             gone: those in whose place it is, because the model has other tensors under their names now.
         """
-        named = dict(zip(member.names, member.tensors, strict=True))
-        replaced = next(
-            (
-                name
-                for other in self.members
-                for name, tensor in zip(other.names, other.tensors, strict=True)
-                if name in named and named[name] is not tensor
-            ),
-            None,
-        )
         with _LOCK:
             self._members.add(member)
             for other in gone:
                 self._members.discard(other)
-        if replaced is not None:
-            self.weights_changed(replaced)
+        if self._hopeful:
+            self._hopeful = False
+            self.phase, self.reason = "calibrating", ""
+            member.calibrate()
+        if self._watch is not None:
+            changed = self._watch.replaced(member.names, member.tensors)
+            if changed is None and self.phase == "factored":
+                # Nothing may have run since a weight changed.
+                changed = self._watch.changed(every=True)
+            if changed is not None:
+                self.weights_changed(changed)
         if self.phase == "factored":
             self._adopt(member)
+
+    def watched(self, member: Member) -> Watch:
+        """A watch over a member's tensors, since the calibration started: factors are made of what they were then."""
+        if self._watch is None:
+            self._watch = Watch(parameters_of(self.root))
+        return self._watch.part(member.names, member.tensors)
 
     # ---- calibrating ---------------------------------------------------------------------------------------------
 
@@ -186,6 +155,15 @@ class Family:
             )
             self.settle()
 
+    def refuse(self, member: Member, reason: str, level: int = logging.INFO) -> None:
+        """``member`` cannot be calibrated. The model stays dense if that holds for all; until another graph comes."""
+        member.run_dense()
+        if any(other.waits for other in self.members):
+            self.say(f"graph {member.number} stays dense: {reason}", level)
+        else:
+            self._give_up(reason, level)
+            self._hopeful = True
+
     def settle(self, *, insist: bool = False) -> None:
         """Make the plan, and let the graphs run factored. Called with ``work`` held.
 
@@ -204,7 +182,7 @@ class Family:
                 raise CalibrationError("no call has been calibrated yet")
             parameters = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
             calibrated = [each for each in recordings if each.kept["calibrate"]]
-            self._take(make_plan(calibrated, parameters, self.options, _Rivals(members)))
+            self._take(make_plan(calibrated, parameters, self.options, Rivals(members)))
         except LowRankError as error:
             self._give_up(str(error))
             if insist:
@@ -223,6 +201,7 @@ class Family:
         """Use the saved model that the options name; whether there is one. Called with ``work`` held."""
         if not isinstance(self.options.plan, str):
             return False
+        self._watch = Watch(parameters_of(self.root))
         try:
             self._take(read_saved(self.root, self.options.plan))
         except LowRankError as error:
@@ -245,20 +224,22 @@ class Family:
         self.say(f"{len(planned.plan.factored)} of {len(planned.plan.sites)} layers are factored from now on")
 
     def _adopt(self, member: Member) -> None:
-        assert self.planned is not None
+        planned, module = self.planned, None
+        if planned is None:  # another thread has found a changed weight
+            member.run_dense()
+            return
         try:
             with settled(member.tensors[0].device):
-                module = self.planned.rewritten(member.graph)
+                module = planned.rewritten(member.graph)
         except LowRankError as error:
             self.say(f"graph {member.number} stays dense: {error}", logging.WARNING)
-            module = None
         member.run_factored(module)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, level: int = logging.WARNING) -> None:
         self.phase, self.reason, self.planned = "dense", reason, None
         for member in self.members:
             member.run_dense()
-        self.say(f"the dense graphs run on: {reason}", logging.WARNING)
+        self.say(f"the dense graphs run on: {reason}", level)
 
     # ---- weights that change -------------------------------------------------------------------------------------
 
@@ -276,7 +257,7 @@ class Family:
                 member.run_dense()
             self.planned = None
             self.say(self.reason, logging.WARNING)
-        elif self.phase == "calibrating" and self.steps:
+        elif self.phase == "calibrating" and self._watch is not None:
             self.restart(f"{name} has changed")
 
     def restart(self, reason: str) -> None:
@@ -284,8 +265,15 @@ class Family:
         self.say(f"calibration starts again: {reason}")
         self.steps, self.planned, self.plan, self.timing, self.reason = 0, None, None, None, ""
         self._counts.clear()
+        self._watch, self._hopeful = None, False
+        held = parameters_of(self.root)
         for member in self.members:
-            member.calibrate()
+            if any(held.get(name, own) is not own for name, own in zip(member.names, member.tensors, strict=True)):
+                with _LOCK:
+                    self._members.discard(member)
+                member.leave()
+            else:
+                member.calibrate()
         self.phase = "calibrating"
 
     # ---- what is said --------------------------------------------------------------------------------------------
@@ -305,35 +293,6 @@ class Family:
             self.say(text, level)
 
 
-class _Rivals:
-    """The graphs of a family, each with the first call that was calibrated."""
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        self._calls = [
-            (member, member.recording.effect_calls[0][1].args)
-            for member in members
-            if member.recording is not None and member.recording.effect_calls
-        ]
-
-    def dense(self) -> object:
-        return [member.dense_on(inputs) for member, inputs in self._calls]
-
-    def factored(self, made: Made) -> Callable[[], object]:
-        modules = [rewritten(member.graph, made) for member, _ in self._calls]
-        runs = [
-            None if module is None else member.compiled(module)
-            for (member, _), module in zip(self._calls, modules, strict=True)
-        ]
-
-        def run() -> object:
-            return [
-                member.dense_on(inputs) if own is None else own(*inputs)
-                for (member, inputs), own in zip(self._calls, runs, strict=True)
-            ]
-
-        return run
-
-
 def family_of(root: nn.Module | None, tensors: Sequence[Tensor], options: BackendOptions) -> Family:
     """The family that a graph belongs to; a new one if there is none.
 
@@ -345,24 +304,22 @@ def family_of(root: nn.Module | None, tensors: Sequence[Tensor], options: Backen
     Raises:
         OptionError: a pattern of ``skip`` matches no weight of the model.
     """
-    with _LOCK:
-        families = list(_FAMILIES)
     own = {id(tensor) for tensor in tensors}
-    for family in families:
-        if family.options != options:
-            continue
-        if root is not None and family.root is root:
-            return family
-        if root is None and family._root is None and any(id(tensor) in own for tensor in family.tensors):
-            return family
-    if root is not None:
-        skipped = Skip(options.skip)
-        for name, parameter in root.named_parameters(remove_duplicate=False):
-            if parameter.dim() >= 2:
-                skipped.reason(name)
-        skipped.check()
-    made = Family(root, options)
-    with _LOCK:
+    with _LOCK:  # from the search to the entry: two threads that bring a model's first graphs find one family
+        for family in _FAMILIES:
+            if family.options != options:
+                continue
+            if root is not None and family.root is root:
+                return family
+            if root is None and family._root is None and any(id(tensor) in own for tensor in family.tensors):
+                return family
+        if root is not None:
+            skipped = Skip(options.skip)
+            for name, parameter in root.named_parameters(remove_duplicate=False):
+                if parameter.dim() >= 2:
+                    skipped.reason(name)
+            skipped.check()
+        made = Family(root, options)
         _FAMILIES.add(made)
         _listen()
     return made

@@ -12,7 +12,8 @@ Under autocast the operators that Dynamo saw take 32-bit weights and give 16-bit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class Lowered:
         states: which arguments are parameters and buffers.
         inputs: positions of the other arguments.
         mask: position of the padding mask among the arguments; None without one.
+        kinds: of the devices that it computes on.
         writes: whether the region writes to an input.
         dynamic: whether sizes are among the arguments.
         attached: parameters and buffers that the region holds itself (Dynamo does so where it does not pass them); they
@@ -73,6 +75,7 @@ class Lowered:
     states: tuple[State, ...]
     inputs: tuple[int, ...]
     mask: int | None
+    kinds: tuple[str, ...]
     writes: bool
     dynamic: bool
     attached: tuple[Tensor, ...] = ()
@@ -115,6 +118,23 @@ class Lowered:
         return made
 
 
+def run_written(run: Callable[..., Any], kinds: Sequence[str], inputs: Sequence[Any]) -> Any:
+    """Run a graph that was lowered: its casts are written out, and autocast must not cast once more.
+
+    Args:
+        run: the graph, rewritten or not.
+        kinds: of the devices that it computes on.
+        inputs: its arguments.
+    """
+    casting = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+    if not casting:
+        return run(*inputs)
+    with contextlib.ExitStack() as stack:
+        for kind in casting:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return run(*inputs)
+
+
 def lower(gm: GraphModule, example_inputs: Sequence[Any]) -> Lowered:
     """Lower a region, inside of the call of the backend.
 
@@ -142,7 +162,10 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any]) -> Lowered:
     values += [mode.from_tensor(tensor, static_shapes=True) for tensor in attached.values()]
     graph = _traced(gm, list(attached), values, mode)
     autocast = any(torch.is_autocast_enabled(kind) for kind in _kinds(values))
-    if autocast or any(node.target in _AUTOCAST for node in graph.graph.nodes):
+    islands = any(node.target in _AUTOCAST for node in graph.graph.nodes)
+    if islands:
+        _enter_islands(graph, mode)
+    if autocast or islands:
         _write_casts(graph, mode, _kinds(values))
     for node in reversed(graph.graph.nodes):
         # The lowered graph runs where no gradients are recorded, with its casts written out.
@@ -160,6 +183,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any]) -> Lowered:
         states=states,
         inputs=inputs,
         mask=_mask(placeholders, values, inputs),
+        kinds=_kinds(values),
         writes=bool(written),
         dynamic=any(isinstance(value, torch.SymInt) for value in values),
         attached=tuple(attached.values()),
@@ -268,10 +292,13 @@ def _written(gm: GraphModule) -> Iterator[Node]:
 
 
 def _memory_of(node: Node) -> Node:
-    while isinstance(node.target, OpOverload) and node.args and isinstance(node.args[0], Node):
-        if all(returned.alias_info is None for returned in node.target._schema.returns) and not _may_alias(node):
-            break
-        node = node.args[0]
+    while node.args and isinstance(source := node.args[0], Node):
+        if node.target is not operator.getitem:  # one of several results, such as those of unbind
+            if not isinstance(node.target, OpOverload):
+                break
+            if all(returned.alias_info is None for returned in node.target._schema.returns) and not _may_alias(node):
+                break
+        node = source
     return node
 
 
@@ -281,6 +308,26 @@ def _may_alias(node: Node) -> bool:
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
+
+
+def _enter_islands(gm: GraphModule, mode: FakeTensorMode) -> None:
+    """Give every node the dtype that it has where autocast is switched on or off within the graph.
+
+    Tracing writes the switches down and does not turn them: what it knows holds for autocast as the caller has it.
+    """
+    entered: dict[Node, contextlib.AbstractContextManager[Any]] = {}
+    with contextlib.ExitStack() as stack:
+        for node in gm.graph.nodes:
+            if node.target is _AUTOCAST[0]:
+                entered[node] = inside = contextlib.ExitStack()
+                inside.enter_context(torch.autocast(*node.args))
+                stack.push(inside)
+            elif node.target is _AUTOCAST[1]:
+                entered[node.args[0]].__exit__(None, None, None)
+            elif isinstance(node.target, OpOverload) or node.target is operator.getitem:
+                value = run_on_metas(mode, node.target, node.args, node.kwargs, new_guards=False)
+                if _dtype(value) != _dtype(node.meta.get("val")):
+                    node.meta["val"] = value
 
 
 def _write_casts(gm: GraphModule, mode: FakeTensorMode, kinds: Sequence[str]) -> None:

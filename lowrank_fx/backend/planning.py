@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -150,7 +150,9 @@ def _planned(session: Session, options: BackendOptions, rivals: Rivals) -> Plann
         return paired_speedup(rivals.dense, rivals.factored(made), device=device)
 
     found = settle(session.aimed(target, times), target, time_of)
-    return Planned(found.planned.plan, found.planned.made, found.timing)
+    plan = found.planned.plan
+    notes = () if times is None else times.notes
+    return Planned(replace(plan, notes=(*plan.notes, *notes)), found.planned.made, found.timing)
 
 
 def assembled(

@@ -19,6 +19,7 @@ from lowrank_fx._ambient import settled
 from lowrank_fx.backend.regions import RegionCall, RegionGraph
 from lowrank_fx.batches import Role
 from lowrank_fx.cache import EFFECT_BATCHES
+from lowrank_fx.compare import check_outputs
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.grouped_sketch import make_sketch
 from lowrank_fx.observer import Recorder, TapObserver, sketch_sizes
@@ -59,16 +60,46 @@ class CallObserver(nn.Module):
         self.device = device
         self._waiting: list[Tensor] = []
         self._count = 0
+        self._new: list[tuple[Tensor, Tensor]] = []
+        self._error: CalibrationError | None = None
 
     def forward(self, activation: Tensor) -> None:
-        """Take a sample of the activation's rows."""
-        with settled(self.device):
-            rows, _ = self.observer.sampled(activation.detach())
-            # The activation may be written to behind this, and its rows are those of a call that is over soon.
-            self._waiting.append(rows.to(self.device, copy=True))
+        """Take a sample of the activation's rows, for :meth:`take` or :meth:`drop` when the call is over."""
+        try:
+            with settled(self.device):
+                rows, _ = self.observer.sampled(activation.detach())
+                # The activation may be written to behind this, and its rows are those of a call that is over soon.
+                self._new.append((rows.to(self.device, copy=True), rows.isfinite().all()))
+        except CalibrationError as error:  # the call would end half-way, after it has written to its inputs
+            self._error = error
+
+    def check(self) -> None:
+        """Make sure that the rows of the call that has just run can be sketched.
+
+        Raises:
+            CalibrationError: they cannot.
+        """
+        if self._error is not None:
+            raise self._error
+        if not all(bool(finite) for _, finite in self._new):
+            raise CalibrationError(f"the input of {self.observer.layers} holds NaN or infinite values")
+
+    def drop(self) -> None:
+        """Forget the rows of the call that has just run."""
+        self._new, self._error = [], None
+
+    def take(self) -> None:
+        """Take in the rows of the call that has just run.
+
+        Raises:
+            CalibrationError: they cannot be sketched.
+        """
+        for rows, _ in self._new:
+            self._waiting.append(rows)
             self._count += rows.shape[0]
-            if self._count >= self.observer.tap.width:
-                self.flush()
+        self.drop()
+        if self._count >= self.observer.tap.width:
+            self.flush()
 
     def flush(self) -> None:
         """Let the sketch take in the rows that wait.
@@ -100,6 +131,7 @@ class Recording:
         self.number = number
         self.table = program.find_sites()
         self.calls = 0
+        self._held: tuple[Role, RegionCall] | None = None
         self.kept: dict[Role, list[tuple[int, RegionCall]]] = {"calibrate": [], "select": [], "report": []}
         self._period = PERIOD if steps >= 2 * PERIOD else max(2, steps // 2)
         self._recorder = Recorder(seed)
@@ -132,28 +164,49 @@ class Recording:
         return "select" if turn % 2 else "report"
 
     def run(self, inputs: Sequence[Any], mask: Tensor | None) -> Any:
-        """Run a call of the role ``"calibrate"``; its outputs are those of the region.
+        """Run a call of the role ``"calibrate"``; its outputs are those of the region. :meth:`take` takes it in.
 
         Args:
             inputs: of the graph.
             mask: the padding mask, or None.
-
-        Raises:
-            CalibrationError: an activation cannot be sketched.
         """
-        call = self._call(inputs, mask)
-        if self._wanted("calibrate", call):
-            self._keep("calibrate", call)
-        self._recorder.start(self.calls, call.mask)
-        outputs = self._observed(*inputs)
-        self.calls += 1
-        return outputs
+        self.hold_out(inputs, mask)
+        for observer in self._inserted.values():
+            observer.drop()  # a call before this one may have failed half-way
+        self._recorder.start(self.calls, None if mask is None else mask_of(mask))
+        return self._observed(*inputs)
 
     def hold_out(self, inputs: Sequence[Any], mask: Tensor | None) -> None:
-        """Keep a call of another role, before it runs."""
-        role, call = self.role(), self._call(inputs, mask)
-        if self._wanted(role, call):
-            self._keep(role, call)
+        """Hold a call before it runs, and maybe writes to its inputs; :meth:`take` takes it in."""
+        real = None if mask is None else mask_of(mask)
+        role, call = self.role(), RegionCall(tuple(inputs), {}, real, region=self.number)
+        self._held = (role, _copied(call)) if self._wanted(role, call) else None
+
+    def take(self, outputs: Any) -> None:
+        """Take in the call that has just run.
+
+        Args:
+            outputs: what it returned.
+
+        Raises:
+            CalibrationError: nothing can be learned from it, as if it had not been.
+        """
+        held, self._held = self._held, None
+        observers = self._inserted.values()
+        try:
+            for observer in observers:
+                observer.check()
+            if held is not None:
+                check_outputs(outputs, held[1].mask)
+        except CalibrationError:
+            for observer in observers:
+                observer.drop()
+            raise
+        for observer in observers:
+            observer.take()
+        if held is not None:
+            role, call = held
+            self.kept[role].append((self.calls, call))
         self.calls += 1
 
     def finish(self) -> None:
@@ -170,18 +223,9 @@ class Recording:
         """The calls on which effects are measured."""
         return self.kept["calibrate"][:EFFECT_BATCHES]
 
-    def _call(self, inputs: Sequence[Any], mask: Tensor | None) -> RegionCall:
-        real = None if mask is None else mask_of(mask)
-        return RegionCall(tuple(inputs), {}, real, region=self.number)
-
     def _wanted(self, role: Role, call: RegionCall) -> bool:
         kept = sum(_bytes(other) for _, other in self.kept[role])
         return not self.kept[role] or kept + _bytes(call) <= KEPT_BYTES
-
-    def _keep(self, role: Role, call: RegionCall) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            args = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call.args)
-            self.kept[role].append((self.calls, replace(call, args=args)))
 
     def _device(self, tap: Tap) -> torch.device:
         site = next(site for site in self.table.sites if tap in self.table.taps_of(site))
@@ -193,6 +237,12 @@ def mask_of(mask: Tensor) -> Tensor:
     if mask.is_floating_point() and not bool((mask > 0).any()):
         return mask == 0
     return mask > 0
+
+
+def _copied(call: RegionCall) -> RegionCall:
+    with torch.inference_mode(False), torch.no_grad():
+        args = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call.args)
+        return replace(call, args=args)
 
 
 def _bytes(call: RegionCall) -> int:

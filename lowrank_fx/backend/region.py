@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from lowrank_fx._ambient import settled
-from lowrank_fx.backend.family import Family, family_of
-from lowrank_fx.backend.lowering import Lowered
+from lowrank_fx.backend.family import PATIENCE, Family, family_of
+from lowrank_fx.backend.lowering import Lowered, run_written
 from lowrank_fx.backend.options import BackendOptions
 from lowrank_fx.backend.recording import Recording
 from lowrank_fx.backend.regions import RegionGraph
@@ -119,6 +119,7 @@ class Binding:
         self._graph: RegionGraph | None = None
         self._factored: Callable[..., Any] | None = None
         self._watch: Watch | None = None
+        self._skipped = 0
         self.step: Callable[[Sequence[Any]], Any] = self._calibrate
         if family.phase in ("dense", "stale"):
             self.run_dense()
@@ -140,6 +141,11 @@ class Binding:
         return () if self.recording is None else tuple(site.name for site in self.recording.table.sites)
 
     @property
+    def writes(self) -> bool:
+        """Whether a call writes to its inputs."""
+        return self.region.lowered.writes
+
+    @property
     def waits(self) -> bool:
         """Whether it is still to be told what to run."""
         return self.step == self._calibrate
@@ -148,12 +154,18 @@ class Binding:
 
     def run_dense(self) -> None:
         """Run the dense graph from now on."""
-        self._factored = self._watch = None
+        self.recording = self._factored = self._watch = None
         self.step = self._dense
+
+    def leave(self) -> None:
+        """The model has other tensors by now: be forgotten."""
+        self.run_dense()
+        self.region.forget(self)
 
     def calibrate(self) -> None:
         """Calibrate from now on."""
         self.recording = self._factored = self._watch = self._graph = None
+        self._skipped = 0
         self.step = self._calibrate
 
     def run_factored(self, module: GraphModule | None) -> None:
@@ -162,7 +174,7 @@ class Binding:
             self.run_dense()
             return
         self._factored = self.compiled(module)
-        self._watch = self._watch or Watch(self.names, self.tensors)
+        self._watch = self._watch or self.family.watched(self)
         self.step = self._settled
 
     def compiled(self, module: GraphModule) -> Callable[..., Any]:
@@ -191,7 +203,8 @@ class Binding:
         if changed is not None:
             self.family.weights_changed(changed)
             return self._dense(args)
-        return factored(*[args[position] for position in self.region.lowered.inputs])
+        lowered = self.region.lowered
+        return run_written(factored, lowered.kinds, [args[position] for position in lowered.inputs])
 
     def _calibrate(self, args: Sequence[Any]) -> Any:
         family = self.family
@@ -212,30 +225,51 @@ class Binding:
 
     def _recorded(self, args: Sequence[Any]) -> Any:
         """A calibrating call, with the family's ``work`` held."""
-        changed = None if self._watch is None else self._watch.changed()
+        family = self.family
+        watch = self._watch or family.watched(self)
+        # Other graphs may have been calibrated before a weight changed and this one came.
+        changed = watch.changed(every=self._watch is None)
         if changed is not None:
-            self.family.weights_changed(changed)
-        if self._watch is None or self.recording is None:
+            family.weights_changed(changed)
+            watch = family.watched(self)
+        self._watch = watch
+        if self.recording is None:
             steps, seed = self.region.options.calibration_steps, self.region.options.seed
             with settled(self.tensors[0].device):
-                self._watch = Watch(self.names, self.tensors)
                 self.recording = Recording(self.graph, self.number, steps, seed)
-        lowered = self.region.lowered
+        recording, lowered = self.recording, self.region.lowered
+        if not recording.table.sites:
+            reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in recording.table.left_alone)
+            family.refuse(self, f"none of its layers can be factored ({reasons or 'it has no such layer'})")
+            return self._dense(args)
         inputs = [args[position] for position in lowered.inputs]
         mask = None if lowered.mask is None else args[lowered.mask]
-        if self.recording.role() == "calibrate":
-            try:
-                outputs = self.recording.run(inputs, mask)
-            except CalibrationError as error:
-                self.family.say(f"graph {self.number} stays dense: {error}", logging.WARNING)
-                self.recording = None
-                self.run_dense()
-                return self._dense(args)
+        if recording.role() == "calibrate":
+            outputs = run_written(recording.run, lowered.kinds, (inputs, mask))
         else:
-            self.recording.hold_out(inputs, mask)
+            recording.hold_out(inputs, mask)
             outputs = self._dense(args)
-        self.family.count(self)
+        try:
+            with settled(self.tensors[0].device):
+                recording.take(outputs)
+        except CalibrationError as error:
+            self._skip(error)
+        else:
+            family.count(self)
         return outputs
+
+    def _skip(self, error: CalibrationError) -> None:
+        """A call that nothing can be learned from; the graph gives up when there are too many of them."""
+        self._skipped += 1
+        most = PATIENCE * self.region.options.calibration_steps
+        if self._skipped >= most:
+            reason = f"{most} calls could not be calibrated; of the last one: {error}"
+            self.family.refuse(self, reason, logging.WARNING)
+        elif self._skipped == 1:
+            self.family.say(
+                f"graph {self.number}: a call is left out of the calibration, and so are others like it: {error}",
+                logging.WARNING,
+            )
 
     def _needs_gradients(self, args: Sequence[Any]) -> bool:
         return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)

@@ -41,16 +41,21 @@ def names_of(root: nn.Module | None, tensors: Sequence[Tensor], sources: Sequenc
     A tied one has the last of its names, as ``torch.export`` has it. What the model does not hold is named for how
     Dynamo came to it.
     """
-    known: dict[int, str] = {}
-    if root is not None:
-        for name, tensor in _named(root):
-            known[id(tensor)] = name
+    known = {} if root is None else _names(root)
     made: list[str] = []
     for position, (tensor, source) in enumerate(zip(tensors, sources, strict=True)):
         name = known.get(id(tensor)) or _readable(source) or f"tensor_{position}"
         taken = any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in made)
         made.append(f"tensor_{position}" if taken else name)
     return made
+
+
+def parameters_of(root: nn.Module | None) -> dict[str, Tensor]:
+    """The parameters of a model by the names that :func:`names_of` gives them."""
+    if root is None:
+        return {}
+    names = _names(root)
+    return {names[id(parameter)]: parameter for parameter in root.parameters()}
 
 
 def modules_of(compiled: Any) -> list[nn.Module]:
@@ -105,6 +110,10 @@ def _held(module: nn.Module) -> Iterator[Tensor]:
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
     yield from module.named_parameters(remove_duplicate=False)
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    return {id(tensor): name for name, tensor in _named(module)}
 
 
 def _readable(source: str) -> str:

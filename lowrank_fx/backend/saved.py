@@ -42,6 +42,7 @@ class Saved:
         sites = {site.name: site for site in graph.find_sites().sites if site.name in entries}
         if not sites:
             return None
+        self._check_folded(graph)
         own = {id(tensor) for tensor in (*graph.module.parameters(), *graph.module.buffers())}
         empty = {name: (site, self._blank(graph, site)) for name, site in sites.items()}
         made = graph.factorize(empty, clone=False).module
@@ -55,6 +56,19 @@ class Saved:
                 )
             _put(made, name, stored.to(tensor.device, tensor.dtype))
         return made
+
+    def _check_folded(self, graph: RegionGraph) -> None:
+        """Make sure that what was folded into stored tensors is folded in the region too, and is not applied again."""
+        names = {name for name, _ in (*graph.module.named_parameters(), *graph.module.named_buffers())}
+        owners = names | {name.rpartition(".")[0] for name in names}
+        for line in sorted(set(self.plan.cleanup) ^ set(graph.cleanup)):
+            _, folded, into = line.partition(" folded into ")
+            if folded and into in owners:
+                where = "stored model and not in this graph" if line in self.plan.cleanup else "graph and not as stored"
+                raise StorageError(
+                    f"{self.folder}: {line} in the {where}, which ends or begins at a graph break between the two; "
+                    "call lowrank_fx.load instead"
+                )
 
     def _blank(self, graph: RegionGraph, site: Site) -> Factors:
         entry = next(entry for entry in self.plan.factored if entry.name == site.name)

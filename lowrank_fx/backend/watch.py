@@ -9,8 +9,8 @@ tensor, the next one in turn, with what they were. A write that changes none of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,39 +23,83 @@ PROBE_EVERY = 64
 """Calls from one probe to the next on an accelerator, which each of them brings to a halt."""
 
 
-class Watch:
-    """Watches the parameters and buffers of one graph.
+class Watched(NamedTuple):
+    """A tensor as it was when the watch began.
 
-    Args:
-        names: for messages.
-        tensors: what is watched.
+    Attributes:
+        name: for messages.
+        tensor: what is watched.
+        pointer: of its memory.
+        version: counts its in-place operators; None where torch does not count (inference tensors).
+        sample: a few of its numbers.
     """
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        self._names = tuple(names)
-        self._tensors = tuple(tensors)
-        self._entries = [(tensor, tensor.data_ptr(), _version(tensor)) for tensor in tensors]
-        self._samples = [_sample(tensor) for tensor in tensors]
+    name: str
+    tensor: Tensor
+    pointer: int
+    version: int | None
+    sample: Tensor
+
+
+class Watch:
+    """Watches parameters and buffers.
+
+    Args:
+        tensors: what is watched, by its name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._entries = [_watched(name, tensor) for name, tensor in tensors.items()]
         self._next = 0
         self._calls = 0
 
-    def changed(self) -> str | None:
-        """The name of a tensor that is not what it was; None if none is found."""
-        for position, (tensor, pointer, version) in enumerate(self._entries):
+    def part(self, names: Sequence[str], tensors: Sequence[Tensor]) -> Watch:
+        """A watch over some of the tensors, since this one began; those that are new are watched by both from now on.
+
+        Args:
+            names: for messages.
+            tensors: what the part watches.
+        """
+        known = {id(entry.tensor): entry for entry in self._entries}
+        made = Watch({})
+        for name, tensor in zip(names, tensors, strict=True):
+            if id(tensor) not in known:
+                known[id(tensor)] = _watched(name, tensor)
+                self._entries.append(known[id(tensor)])
+            made._entries.append(known[id(tensor)])
+        return made
+
+    def changed(self, *, every: bool = False) -> str | None:
+        """The name of a tensor that is not what it was; None if none is found.
+
+        Args:
+            every: compare numbers of all tensors, not of the next one alone.
+        """
+        for name, tensor, pointer, version, _ in self._entries:
             if tensor.data_ptr() != pointer or (version is not None and tensor._version != version):
-                return self._names[position]
+                return name
+        if every:
+            return next((entry.name for entry in self._entries if not _same(_sample(entry.tensor), entry.sample)), None)
         return self._probe()
 
+    def replaced(self, names: Sequence[str], tensors: Sequence[Tensor]) -> str | None:
+        """The first name under which another tensor is watched than the one that is given with it."""
+        known = {entry.name: entry.tensor for entry in self._entries}
+        return next(
+            (name for name, own in zip(names, tensors, strict=True) if known.get(name, own) is not own),
+            None,
+        )
+
     def _probe(self) -> str | None:
-        if not self._tensors:
+        if not self._entries:
             return None
         self._calls += 1
-        position = self._next % len(self._tensors)
-        tensor = self._tensors[position]
-        if tensor.device.type != "cpu" and self._calls % PROBE_EVERY:
+        position = self._next % len(self._entries)
+        entry = self._entries[position]
+        if entry.tensor.device.type != "cpu" and self._calls % PROBE_EVERY:
             return None
         self._next = position + 1
-        return None if _same(_sample(tensor), self._samples[position]) else self._names[position]
+        return None if _same(_sample(entry.tensor), entry.sample) else entry.name
 
 
 def on_optimizer_step(react: Callable[[Sequence[Tensor]], None]) -> Any:
@@ -65,6 +109,10 @@ def on_optimizer_step(react: Callable[[Sequence[Tensor]], None]) -> Any:
         react([parameter for group in optimizer.param_groups for parameter in group["params"]])
 
     return register_optimizer_step_post_hook(stepped)
+
+
+def _watched(name: str, tensor: Tensor) -> Watched:
+    return Watched(name, tensor, tensor.data_ptr(), _version(tensor), _sample(tensor))
 
 
 def _version(tensor: Tensor) -> int | None:
