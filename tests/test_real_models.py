@@ -74,7 +74,8 @@ def test_optimize_fold_save_load(name: str, tmp_path: Path) -> None:
     make, data = MODELS[name]
     torch.manual_seed(0)
     model, loader = make().eval(), data()
-    fast = lowrank_fx.optimize(model, loader, target=Keep(flops=0.7), compile=False, progress=False)
+    with little_measured():  # how good a plan is, is not asked here
+        fast = lowrank_fx.optimize(model, loader, target=Keep(flops=0.7), compile=False, progress=False)
     kept = fast.plan.totals.kept("flops", "model")
     assert 0.7 - 0.005 <= kept <= 0.7
     expected = call(fast, loader[0])
