@@ -16,6 +16,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
 from lowrank_fx.patches import Patch
+from lowrank_fx.sites import tap_name
 
 aten = torch.ops.aten
 
@@ -50,8 +51,7 @@ class Use:
     @property
     def tap(self) -> str:
         """The name of the activation as it meets the weight."""
-        marks = [str(self.patch)] * (self.patch is not None) + [f"g{self.groups}"] * (self.groups > 1)
-        return self.activation.name + (f"[{' '.join(marks)}]" if marks else "")
+        return tap_name(self.activation.name, self.patch, self.groups)
 
 
 class RefusedError(Exception):

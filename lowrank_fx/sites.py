@@ -159,6 +159,16 @@ def site_table(sites: Sequence[Site], taps: Iterable[Tap], left_alone: Iterable[
     return SiteTable(tuple(sites), by_name, tuple(left_alone), graph)
 
 
+def tap_name(activation: str, patch: Patch | None, groups: int) -> str:
+    """The name of an activation as it meets a weight: what else a sketch of it depends on stands behind its own.
+
+    >>> tap_name("relu", None, 2)
+    'relu[g2]'
+    """
+    marks = [str(patch)] * (patch is not None) + [f"g{groups}"] * (groups > 1)
+    return activation + (f"[{' '.join(marks)}]" if marks else "")
+
+
 def site_name(fqn: str) -> str:
     """The name of the layer that a weight makes: its module, or the parameter where it is not called ``weight``.
 

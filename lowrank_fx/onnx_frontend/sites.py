@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto
 from lowrank_fx import cost
 from lowrank_fx.onnx_frontend.model import DOMAINS, FLOATS, OnnxModel, attributes_of, describe_node, size_of
 from lowrank_fx.patches import Patch
-from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table
+from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table, tap_name
 
 _SMALL_TYPES = frozenset(
     getattr(TensorProto, name)
@@ -46,8 +46,7 @@ class _Use:
     @property
     def tap(self) -> str:
         """The name of the activation as it meets the weight."""
-        marks = [str(self.patch)] * (self.patch is not None) + [f"g{self.groups}"] * (self.groups > 1)
-        return self.activation + (f"[{' '.join(marks)}]" if marks else "")
+        return tap_name(self.activation, self.patch, self.groups)
 
 
 class _RefusedError(Exception):
