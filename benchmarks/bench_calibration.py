@@ -33,7 +33,7 @@ import torch
 from common import Batch
 from torch import nn
 
-from lowrank_fx import Keep
+from lowrank_fx import Keep, account
 from lowrank_fx import session as planning
 from lowrank_fx.batches import Assigned, Call, assign_calls, bind_batch, bound_calls
 from lowrank_fx.calibration import Calibration, blank
@@ -257,12 +257,12 @@ def plan_seconds(session: Session, share: float) -> tuple[str, ...]:
         "planner": lambda _: allocators,
         "joint_error": watch.time("comparison", joint_error),
         "measure_joint": watch.time("effects again", measure_joint),
-        "by_effect": watch.time("trade-off curve", by_effect),
     }
     names = {"refitted": "refit", "closed loop": "closed loop"}
     with ExitStack() as stack:
         for name, function in timed.items():
             stack.enter_context(patch.object(planning, name, function))
+        stack.enter_context(patch.object(account, "by_effect", watch.time("trade-off curve", by_effect)))
         stack.enter_context(patch.object(Made, "error", watch.time("comparison", Made.error)))
         ways = {how: watch.time(names[how], correct) for how, correct in CORRECTIONS.items()}
         stack.enter_context(patch.dict(CORRECTIONS, ways))
