@@ -6,8 +6,7 @@ import contextlib
 import inspect
 import itertools
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from lowrank_fx import storage
 from lowrank_fx._ambient import settled
+from lowrank_fx._sizes import parse_size
 from lowrank_fx.batch_runs import random_note, rehearse
 from lowrank_fx.batches import Call, assign_calls, bind_batch, bound_calls
 from lowrank_fx.calibration import Calibration, blank
@@ -25,7 +25,7 @@ from lowrank_fx.capture import device_of, unwrap
 from lowrank_fx.curves import error_curves
 from lowrank_fx.effects import measure_effects
 from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
-from lowrank_fx.forms import FORMS
+from lowrank_fx.forms import check_forms
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.judges import Measure
@@ -116,9 +116,7 @@ def optimize(
     check_refine(refine, clone=copy)
     find_planner(planner)
     measure = measure_of(loss_fn)
-    for name in _check_names("forms", forms or ()):
-        if name not in FORMS:
-            raise OptionError(f"forms={list(forms or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
+    check_forms(check_names("forms", forms or ()))
     inner = unwrap(model)
     calibrating: dict[str, Any] = {
         "forward_args": forward_args,
@@ -258,8 +256,8 @@ def _calibrate(
     progress: bool,
 ) -> _Calibrated:
     """Capture a model with the loader's first batch, and calibrate it with all of them."""
-    memory = parse_bytes(sketch_memory)
-    patterns = _check_names("skip", skip)
+    memory = parse_size("sketch_memory", sketch_memory, "256MiB")
+    patterns = check_names("skip", skip)
     part = _check_shard(shard)
     signature = inspect.signature(model.forward)
 
@@ -269,13 +267,8 @@ def _calibrate(
         call = bind_batch(batch, signature, forward_args, index)
         return replace(call, batch=batch) if keeps_batches else call
 
-    incoming = bound_calls(loader, bind)
-    first = next(incoming, None)
-    if first is None:
-        raise CalibrationError(
-            "the loader gave no batch; pass an iterable of batches that has not been read to its end"
-        )
-    pieces = assign_calls(itertools.chain([first], incoming), holdout)
+    first, calls = opened(bound_calls(loader, bind))
+    pieces = assign_calls(calls, holdout)
     given = first[1].to(device_of(model))
     example = replace(given, batch=None)
     rehearse(model, example)
@@ -299,7 +292,7 @@ def _calibrate(
     keeper = None if checkpoint is None else Checkpoint(checkpoint)
     if keeper is not None:
         state = keeper.resume(state)
-    batches = _length(loader)
+    batches = length_of(loader)
     done = run_calibration(program, table, pieces, state, checkpoint=keeper, batches=batches, progress=progress)
     return _Calibrated(program, table, done)
 
@@ -308,7 +301,7 @@ def _adopt(model: nn.Module, calibration: Calibration, capture: Capture, skip: S
     """Capture a model as it was when it was calibrated."""
     calibration.check_model(model)
     program = take(model, calibration.example.to(device_of(model)), capture)
-    table = program.find_sites(_check_names("skip", skip))
+    table = program.find_sites(check_names("skip", skip))
     calibration.check_taps(program, table)
     return _Calibrated(program, table, calibration.to(program.device))
 
@@ -371,26 +364,26 @@ def load(
         return LowRankModule(storage.load(inner, folder, call, strict=strict), None, compile=compile)
 
 
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes from an integer or text such as ``"256MiB"``.
-
-    >>> parse_bytes("2KiB")
-    2048
+def opened(calls: Iterator[tuple[int, Call]]) -> tuple[tuple[int, Call], Iterator[tuple[int, Call]]]:
+    """The first of a loader's calls, and all of them.
 
     Raises:
-        OptionError: it is neither, or not positive.
+        CalibrationError: there is none.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", size) if isinstance(size, str) else None
-    if match is None:
-        raise OptionError(f"sketch_memory={size!r} is not a size; use a number of bytes or text such as '256MiB'")
-    unit = match[2]
-    base = 1024 if "i" in unit else 1000
-    return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
+    first = next(calls, None)
+    if first is None:
+        raise CalibrationError(
+            "the loader gave no batch; pass an iterable of batches that has not been read to its end"
+        )
+    return first, itertools.chain([first], calls)
 
 
-def _check_names(option: str, names: Sequence[str]) -> tuple[str, ...]:
+def check_names(option: str, names: Sequence[str]) -> tuple[str, ...]:
+    """``names`` as a tuple.
+
+    Raises:
+        OptionError: it is one string, or holds something else than strings.
+    """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
     return tuple(names)
@@ -408,7 +401,8 @@ def _check_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
     raise OptionError(f"shard={shard!r}: give (i, n) with 0 <= i < n, such as (0, 4) for the first of four")
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def length_of(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says it has; None if it does not say."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_fx._files import write_atomic
+from lowrank_fx._sizes import parse_size
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture, device_of
 from lowrank_fx.errors import StorageError
@@ -43,7 +44,6 @@ from lowrank_fx.weight_files import (
     Stored,
     check_weight_files,
     load_weight_files,
-    parse_shard_size,
     write_weight_files,
 )
 
@@ -88,7 +88,7 @@ def save(artifact: Artifact, folder: str | os.PathLike[str], max_shard_size: int
         OptionError: ``max_shard_size`` is no size.
         StorageError: the folder cannot be written.
     """
-    root, limit = Path(folder), parse_shard_size(max_shard_size)
+    root, limit = Path(folder), parse_size("max_shard_size", max_shard_size, MAX_SHARD_SIZE, whole=True)
     program, before = artifact.program, artifact.before
     tensors = {name: tensor.detach() for name, tensor in _distinct(program.module).items()}
     moved = () if before is None else tuple(name for name in before.values if name in tensors)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_fx._files import parse_json, sha256_file, sync_file, sync_folder
-from lowrank_fx.errors import OptionError, StorageError
+from lowrank_fx.errors import StorageError
 
 _HASH = "[0-9a-f]" * 16
 
@@ -85,24 +85,6 @@ class Stored:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def parse_shard_size(size: int | str) -> int:
-    """A number of bytes from an integer or text such as ``"5GB"``; KB, MB and GB are powers of 1000, KiB of 1024.
-
-    >>> parse_shard_size("5GB")
-    5000000000
-
-    Raises:
-        OptionError: it is neither, or not positive.
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"([0-9]{1,9})\s*([KMGT]?)(i?)B", size.strip()) if isinstance(size, str) else None
-    if match is None or int(match[1]) == 0 or (match[3] and not match[2]):
-        raise OptionError(f"max_shard_size={size!r} is not a size; use a number of bytes or text such as '5GB'")
-    base = 1024 if match[3] else 1000
-    return int(int(match[1]) * base ** " KMGT".index(match[2] or " "))
 
 
 def write_weight_files(root: Path, tensors: Mapping[str, Tensor], max_shard_size: int) -> tuple[WeightFile, ...]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # from modules before it. A package stands where its __init__ belongs: before its modules when they rest on it
 # (passes), behind them when it gathers them (planners).
 HOUSE = (
-    *("errors", "_env", "_progress", "_files", "_memory", "_ambient", "_describe", "_leaves"),
+    *("errors", "_env", "_progress", "_files", "_sizes", "_memory", "_ambient", "_describe", "_leaves"),
     *("linalg", "certificate", "moments", "exact_gram", "directions", "sketch", "grouped_sketch"),
     *("anchored", "cost", "allocate", "gauge"),
     *("patches", "sites", "forms.geometry", "forms.base", "forms.output"),

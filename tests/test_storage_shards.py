@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import lowrank_fx
 from lowrank_fx._files import sha256_file
+from lowrank_fx._sizes import parse_size
 from lowrank_fx.errors import OptionError, StorageError
 from lowrank_fx.manifest import PLAN_FILE
 from lowrank_fx.module import LowRankModule
-from lowrank_fx.weight_files import check_weight_files, parse_shard_size, write_weight_files
+from lowrank_fx.weight_files import check_weight_files, write_weight_files
 
 GOLDEN = Path(__file__).parent / "golden" / "v2" / "tree"
 
@@ -49,7 +50,7 @@ def test_weights_are_divided_and_come_back(fast: LowRankModule, tmp_path: Path, 
     files = listed(tmp_path)
     names = [entry["file"] for entry in files]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, PLAN_FILE])
-    bound = parse_shard_size(limit)
+    bound = parse_size("max_shard_size", limit, "5GB", whole=True)
     seen: list[str] = []
     for number, entry in enumerate(files, start=1):
         path = tmp_path / entry["file"]
@@ -155,7 +156,7 @@ def test_what_is_no_file_is_not_waited_for(saved: Path) -> None:
     [(7, 7), ("7B", 7), ("5GB", 5 * 10**9), ("2 MB", 2 * 10**6), ("3KiB", 3072), ("1TiB", 2**40), (" 1GiB ", 2**30)],
 )
 def test_sizes(size: int | str, number: int) -> None:
-    assert parse_shard_size(size) == number
+    assert parse_size("max_shard_size", size, "5GB", whole=True) == number
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, None, "", "5", "GB", "-1GB", "0GB", "5 XB", "1.5GB", "9" * 40])

@@ -40,6 +40,7 @@ __all__ = [
     "SpatialT",
     "Tucker2",
     "apply_blocks",
+    "check_forms",
     "composed",
     "dense_flops",
     "dense_params",
@@ -52,13 +53,22 @@ FORMS: dict[str, Form] = {
 }
 
 
+def check_forms(names: Sequence[str]) -> None:
+    """Make sure that there are forms of these names.
+
+    Raises:
+        OptionError: there is none of some name.
+    """
+    for name in names:
+        if name not in FORMS:
+            raise OptionError(f"forms={list(names)!r}: no form is called {name!r}; there are {list(FORMS)}")
+
+
 def forms_for(site: Site, allowed: Sequence[str] | None) -> list[Form]:
     """The forms that can stand for ``site``, among those the user allows (None: all).
 
     Raises:
         OptionError: ``allowed`` names a form that does not exist.
     """
-    for name in allowed or ():
-        if name not in FORMS:
-            raise OptionError(f"forms={list(allowed or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
+    check_forms(allowed or ())
     return [form for name, form in FORMS.items() if (allowed is None or name in allowed) and form.applies(site)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 
 from lowrank_fx._ambient import settled
 from lowrank_fx._files import write_atomic
+from lowrank_fx._sizes import parse_size
 from lowrank_fx.batch_runs import random_note
 from lowrank_fx.batches import assign_calls, bound_calls
 from lowrank_fx.calibration import Calibration, blank
@@ -22,12 +22,12 @@ from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.corrections import Made
 from lowrank_fx.curves import error_curves
 from lowrank_fx.effects import held_out_error, measure_effects
-from lowrank_fx.errors import CalibrationError, LowRankError, OptionError, StorageError, TargetError
-from lowrank_fx.forms import FORMS
+from lowrank_fx.errors import CalibrationError, LowRankError, StorageError, TargetError
+from lowrank_fx.forms import check_forms
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.payoff import settle
-from lowrank_fx.pipeline import parse_bytes
+from lowrank_fx.pipeline import check_names, length_of, opened
 from lowrank_fx.plan import Plan
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.report import Report
@@ -128,13 +128,10 @@ def onnx_compress(
             "slower file, or Keep(flops=...)"
         )
     find_planner(planner)
-    for name in forms or ():
-        if name not in FORMS:
-            raise OptionError(f"forms={list(forms or ())!r}: no form is called {name!r}; there are {list(FORMS)}")
-    if isinstance(skip, str):
-        raise OptionError(f"skip={skip!r}: give a list or tuple of names, such as skip=('...',)")
+    check_forms(check_names("forms", forms or ()))
+    skip = check_names("skip", skip)
     _check_goal(path_out)
-    memory = parse_bytes(sketch_memory)
+    memory = parse_size("sketch_memory", sketch_memory, "256MiB")
     program = OnnxProgram(read_model(path_in))
     with settled(program.device) as remarks:
         session = _session(
@@ -204,16 +201,10 @@ def _calibrated(
         raise CalibrationError(
             "the loader is an array, which is one batch and not an iterable of batches; pass [batch]"
         )
-    incoming = bound_calls(loader, binder(program.model))
-    first = next(incoming, None)
-    if first is None:
-        raise CalibrationError(
-            "the loader gave no batch; pass an iterable of batches that has not been read to its end"
-        )
-    pieces = assign_calls(itertools.chain([first], incoming), holdout)
+    first, calls = opened(bound_calls(loader, binder(program.model)))
+    pieces = assign_calls(calls, holdout)
     state = blank(program, table, program.module, first[1], sketch_memory=memory, seed=seed, holdout=holdout)
-    count = len(loader) if isinstance(loader, Sized) else None
-    return run_calibration(program, table, pieces, state, batches=count, progress=progress)
+    return run_calibration(program, table, pieces, state, batches=length_of(loader), progress=progress)
 
 
 def _written(session: Session, program: OnnxProgram, target: Target, source: Path, goal: Path) -> OnnxResult:
