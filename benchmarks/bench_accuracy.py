@@ -192,7 +192,7 @@ def _raced(session: Session, variants: Variants) -> Session:
         for name, entry in session.curves.items()
     }
     effects = measure_effects(session.program, curves, session.calibration)
-    return dataclasses.replace(session, curves=curves, effects=effects, _problem=None)
+    return dataclasses.replace(session, curves=curves, effects=effects)
 
 
 def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, object]:

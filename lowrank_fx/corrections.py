@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_fx._ambient import seeded
 from lowrank_fx.cache import CachedBatch
@@ -44,9 +44,7 @@ class Made:
     def into(self, program: Program, *, clone: bool) -> Program:
         """The factored program; see :meth:`Program.factorize`."""
         made = program.factorize(self.factored, clone=clone)
-        for name, value in self.buffers.items():
-            owner, _, leaf = name.rpartition(".")
-            made.module.get_submodule(owner)._buffers[leaf] = value.clone()  # those of the captured model stay
+        set_buffers(made.module, self.buffers)
         return made
 
     def error(self, program: Program, batches: Sequence[CachedBatch]) -> float:
@@ -54,6 +52,13 @@ class Made:
         if not self.buffers:
             return joint_error(program, self.factored, batches)
         return held_out_error(self.into(program, clone=False), batches)
+
+
+def set_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a rewritten module other buffers, by fully qualified name; those of the captured model stay."""
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = value.clone()
 
 
 @dataclass(frozen=True)

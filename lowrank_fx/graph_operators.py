@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
 from lowrank_fx.patches import Patch
-from lowrank_fx.sites import tap_name
+from lowrank_fx.sites import RefusedError, tap_name
 
 aten = torch.ops.aten
 
@@ -52,10 +52,6 @@ class Use:
     def tap(self) -> str:
         """The name of the activation as it meets the weight."""
         return tap_name(self.activation.name, self.patch, self.groups)
-
-
-class RefusedError(Exception):
-    """A node applies a weight in a way that no form covers; the message is the reason."""
 
 
 def use_of(node: Node) -> Use | None:

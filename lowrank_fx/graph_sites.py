@@ -15,14 +15,13 @@ from lowrank_fx import cost
 from lowrank_fx._memory import memory_of
 from lowrank_fx.graph_operators import (
     OPERATORS,
-    RefusedError,
     attribute_behind,
     is_quantised,
     is_transpose,
     schema_name,
     why_not,
 )
-from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table
+from lowrank_fx.sites import LeftAlone, RefusedError, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table
 
 aten = torch.ops.aten
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,24 +29,29 @@ def site_times(session: Session, *, compiled: bool) -> SiteTimes:
     return SiteTimes(timings, session.table, session.calibration, offered, compiled, session.progress)
 
 
-def share_of_sites(session: Session, times: SiteTimes) -> float:
-    """How much of the user's model's time its sites take while dense, on the first calibration batch: in (0, 1].
+def share_of_run(run: Callable[[], object], times: SiteTimes, device: torch.device) -> float:
+    """How much of a model's time its sites take while dense: in (0, 1].
 
     The model and its sites' operators, one after another, are timed in paired turns: what else the machine does in the
     meantime is not in the ratio.
+
+    Args:
+        run: runs the model on what the sites were timed for.
+        times: of the sites.
+        device: where both run.
     """
+    sites = times.dense_runs()
+    timing = paired_speedup(run, lambda: [site() for site in sites], device=device)
+    return min(1 / timing.speedup, 1.0)
+
+
+def share_of_sites(session: Session, times: SiteTimes) -> float:
+    """How much of the user's model's time its sites take while dense, on the first calibration batch: in (0, 1]."""
     call = session.calibration.effect_batches[0].call.map(torch.clone)
     model = unwrap(session.model)
     run = session.compiled_original() if times.compiled else model
     with preserved(model), torch.no_grad():  # hooks of the user's must not see these runs
-        sites = times.dense_runs()
-
-        def all_sites() -> None:
-            for site in sites:
-                site()
-
-        timing = paired_speedup(lambda: run(*call.args, **call.kwargs), all_sites, device=session.program.device)
-    return min(1 / timing.speedup, 1.0)
+        return share_of_run(lambda: run(*call.args, **call.kwargs), times, session.program.device)
 
 
 def refused_by_compile(session: Session) -> str | None:

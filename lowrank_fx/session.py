@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, get_args
 
 from torch import nn
@@ -80,15 +81,12 @@ class Session:
     progress: bool = False
     regauge: bool = False
     times: SiteTimes | None = None
-    _problem: Problem | None = field(default=None, repr=False)
     _compiled: Callable[..., Any] | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def problem(self) -> Problem:
-        """The options of every site."""
-        if self._problem is None:
-            self._problem = Problem({site.name: self.offers.options(site) for site in self.table.sites})
-        return self._problem
+        """The options of every site, as they are when it is first asked for; :meth:`again` poses it anew."""
+        return Problem({site.name: self.offers.options(site) for site in self.table.sites})
 
     @property
     def offers(self) -> Offers:
@@ -119,11 +117,11 @@ class Session:
         times = times if obeys_speed(target) else None
         if regauge == self.regauge and times is None and self.times is None:
             return self
-        return replace(self, regauge=regauge, times=times, _problem=None)
+        return replace(self, regauge=regauge, times=times)
 
     def again(self) -> Session:
         """The session with its problem posed anew, after more was measured."""
-        return replace(self, _problem=None)
+        return replace(self)
 
     def planned(self, target: Target, share: float | None = None) -> Planned:
         """The plan for the target that this session was aimed at.

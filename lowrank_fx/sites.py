@@ -145,6 +145,10 @@ class SiteTable:
         return [self.taps[name] for name in dict.fromkeys(call.tap for call in site.calls)]
 
 
+class RefusedError(Exception):
+    """A node applies a weight in a way that no form covers; the message is the reason."""
+
+
 def site_table(sites: Sequence[Site], taps: Iterable[Tap], left_alone: Iterable[LeftAlone]) -> SiteTable:
     """A table, with the graph of which tap feeds which site."""
     graph: nx.DiGraph = nx.DiGraph()

@@ -355,7 +355,7 @@ def test_the_plan_says_what_the_timing_has_to_say(monkeypatch: pytest.MonkeyPatc
     plan = replace(small.plan, notes=("planned",))
     times = SimpleNamespace(dense_runs=list, survey=lambda: None, notes=("timed",))
     monkeypatch.setattr(planning, "site_times", lambda *args, **kwargs: times)
-    monkeypatch.setattr(planning, "paired_speedup", lambda *args, **kwargs: SimpleNamespace(speedup=2.0))
+    monkeypatch.setattr(planning, "share_of_run", lambda *args: 0.5)
     settled = SimpleNamespace(planned=SimpleNamespace(plan=plan, made=None), timing=None)
     monkeypatch.setattr(planning, "settle", lambda *args: settled)
     session: Any = SimpleNamespace(program=SimpleNamespace(device="cpu"), aimed=lambda *args: None)

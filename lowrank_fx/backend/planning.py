@@ -23,7 +23,7 @@ from lowrank_fx.backend.regions import RegionCall, RegionGraph, RegionsProgram, 
 from lowrank_fx.cache import EFFECT_BATCHES, Cache, CachedBatch
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import check_outputs, floating_outputs
-from lowrank_fx.corrections import Made
+from lowrank_fx.corrections import Made, set_buffers
 from lowrank_fx.curves import SiteCurves, error_curves
 from lowrank_fx.double_sided import variant
 from lowrank_fx.effects import EFFECT_FLOPS, EXPECTED_FORKS, measure_effects
@@ -32,7 +32,7 @@ from lowrank_fx.fingerprint import Source
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.latency import PairedTiming, paired_speedup
-from lowrank_fx.measuring import site_times
+from lowrank_fx.measuring import share_of_run, site_times
 from lowrank_fx.payoff import settle
 from lowrank_fx.plan import Plan
 from lowrank_fx.program import Program
@@ -80,10 +80,7 @@ def rewritten(graph: RegionGraph, made: Made) -> GraphModule | None:
         return None
     module = graph.factorize(own, clone=False).module
     present = dict(module.named_buffers())
-    for name, value in made.buffers.items():
-        if name in present:
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = value.clone()
+    set_buffers(module, {name: value for name, value in made.buffers.items() if name in present})
     return module
 
 
@@ -141,9 +138,7 @@ def _planned(session: Session, options: BackendOptions, rivals: Rivals) -> Plann
     times = None
     if isinstance(target, Keep):
         times = site_times(session, compiled=options.inner == "inductor")
-        runs = times.dense_runs()
-        whole = paired_speedup(rivals.dense, lambda: [run() for run in runs], device=device)
-        times.share_of_sites = min(1 / whole.speedup, 1.0)
+        times.share_of_sites = share_of_run(rivals.dense, times, device)
         times.survey()
 
     def time_of(plan: Plan, made: Made) -> PairedTiming:

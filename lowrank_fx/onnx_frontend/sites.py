@@ -15,7 +15,18 @@ from onnx import NodeProto, TensorProto
 from lowrank_fx import cost
 from lowrank_fx.onnx_frontend.model import DOMAINS, FLOATS, OnnxModel, attributes_of, describe_node, size_of
 from lowrank_fx.patches import Patch
-from lowrank_fx.sites import LeftAlone, Site, SiteCall, SiteTable, Skip, Tap, site_name, site_table, tap_name
+from lowrank_fx.sites import (
+    LeftAlone,
+    RefusedError,
+    Site,
+    SiteCall,
+    SiteTable,
+    Skip,
+    Tap,
+    site_name,
+    site_table,
+    tap_name,
+)
 
 _SMALL_TYPES = frozenset(
     getattr(TensorProto, name)
@@ -49,10 +60,6 @@ class _Use:
         return tap_name(self.activation, self.patch, self.groups)
 
 
-class _RefusedError(Exception):
-    """A node applies a weight in a way that no form covers; the message is the reason."""
-
-
 def find_sites(model: OnnxModel, skip: Sequence[str] = ()) -> SiteTable:
     """Find every site and tap of a model's main graph; every other weight is listed with the reason.
 
@@ -84,7 +91,7 @@ def find_sites(model: OnnxModel, skip: Sequence[str] = ()) -> SiteTable:
             continue
         try:
             site, own = _make_site(model, name, called)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             left_alone.append(LeftAlone(called, str(refusal)))
             continue
         sites.append(site)
@@ -117,26 +124,26 @@ def _make_site(model: OnnxModel, name: str, called: str) -> tuple[Site, list[Tap
     tensor = model.constants[name]
     nodes = model.readers.get(name, [])
     if tensor.data_type in _SMALL_TYPES:
-        raise _RefusedError("its weight is quantised")
+        raise RefusedError("its weight is quantised")
     if name in model.read_inside:
-        raise _RefusedError(_INSIDE)
+        raise RefusedError(_INSIDE)
     if not nodes:
-        raise _RefusedError("the graph never uses it")
+        raise RefusedError("the graph never uses it")
     if name in model.outputs:
-        raise _RefusedError("its weight is an output of the model too")
+        raise RefusedError("its weight is an output of the model too")
     if name in model.replaceable:
-        raise _RefusedError("its weight is an input of the model too, so that a caller may replace it")
+        raise RefusedError("its weight is an input of the model too, so that a caller may replace it")
     unread = [node for node in nodes if node.op_type not in _OPERATORS or node.domain not in DOMAINS]
     if unread:
-        raise _RefusedError(_why_not(unread[0], len(nodes) - 1))
+        raise RefusedError(_why_not(unread[0], len(nodes) - 1))
     if tensor.data_type not in FLOATS:
-        raise _RefusedError("its weight is bfloat16, which cannot be calibrated with onnxruntime")
+        raise RefusedError("its weight is bfloat16, which cannot be calibrated with onnxruntime")
     used = [_OPERATORS[node.op_type](model, node, name) for node in nodes]
     first = used[0]
     if any(use.manner != first.manner for use in used):
-        raise _RefusedError("its weight is shared by calls of different kinds or geometry")
+        raise RefusedError("its weight is shared by calls of different kinds or geometry")
     if any(use.activation in model.constants for use in used):
-        raise _RefusedError("it is applied to another constant, not to an activation")
+        raise RefusedError("it is applied to another constant, not to an activation")
     shape = tuple(int(size) for size in tensor.dims)
     groups = first.groups
     block = shape[-1] if first.transposed else shape[0] // groups
@@ -144,7 +151,7 @@ def _make_site(model: OnnxModel, name: str, called: str) -> tuple[Site, list[Tap
     in_features = math.prod(shape) // max(out_features, 1)
     if cost.break_even_rank(out_features, in_features, groups) <= 1:
         each = f" to each of its {groups} groups" if groups > 1 else ""
-        raise _RefusedError(f"a weight of {block} x {in_features}{each} has no rank below break-even")
+        raise RefusedError(f"a weight of {block} x {in_features}{each} has no rank below break-even")
     centered = all(_owns_bias(model, use, used) for use in used)
     taps = [Tap(use.tap, use.activation, groups * in_features, use.patch, use.node.output[0], groups) for use in used]
     site = Site(
@@ -180,7 +187,7 @@ def _read_matmul(model: OnnxModel, node: NodeProto, weight: str) -> _Use:
     activation = _activation(node, weight)
     shape = model.constants[weight].dims
     if len(shape) > 3:
-        raise _RefusedError(f"its weight has {len(shape)} dimensions where 2 or 3 are expected")
+        raise RefusedError(f"its weight has {len(shape)} dimensions where 2 or 3 are expected")
     found = _added_bias(model, node)
     bias, reader = (None, node) if found is None or len(shape) == 3 else found
     if len(shape) == 3:
@@ -192,9 +199,9 @@ def _read_gemm(model: OnnxModel, node: NodeProto, weight: str) -> _Use:
     activation = _activation(node, weight)
     given = attributes_of(node)
     if given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0:
-        raise _RefusedError("its Gemm scales its operands (alpha or beta is not 1)")
+        raise RefusedError("its Gemm scales its operands (alpha or beta is not 1)")
     if given.get("transA", 0):
-        raise _RefusedError("its Gemm transposes the activation")
+        raise RefusedError("its Gemm transposes the activation")
     bias = node.input[2] if len(node.input) > 2 else None
     kept = bias if bias and _is_vector(model, bias, _width(model, node)) else None
     return _Use(node, activation, kept, node, not given.get("transB", 0), "linear")
@@ -205,16 +212,16 @@ def _read_conv(model: OnnxModel, node: NodeProto, weight: str) -> _Use:
     shape = [int(size) for size in model.constants[weight].dims]
     kernel = tuple(shape[2:])
     if not 1 <= len(kernel) <= 3:
-        raise _RefusedError(f"a convolution over {len(kernel)} dimensions of space has no form")
+        raise RefusedError(f"a convolution over {len(kernel)} dimensions of space has no form")
     given = attributes_of(node)
     groups = int(given.get("group", 1))
     if groups > 1 and shape[1] == 1:
-        raise _RefusedError(f"a depthwise convolution ({groups} groups) applies one channel to each group")
+        raise RefusedError(f"a depthwise convolution ({groups} groups) applies one channel to each group")
     bias = node.input[2] if len(node.input) > 2 else None
     kept = bias if bias and _is_vector(model, bias, shape[0]) else None
     patch = patch_of(given, kernel)
     if patch is None:
-        raise _RefusedError("its padding (auto_pad) depends on the size of the input, because it has a stride")
+        raise RefusedError("its padding (auto_pad) depends on the size of the input, because it has a stride")
     return _Use(node, activation, kept, node, False, f"conv{len(kernel)}d", patch, groups)
 
 
@@ -284,7 +291,7 @@ def _activation(node: NodeProto, weight: str) -> str:
     places = [place for place, name in enumerate(node.input) if name == weight]
     if places != [1]:
         where = "the left operand of a matrix product" if node.op_type != "Conv" else "the input of a convolution"
-        raise _RefusedError(f"its weight is {where if places == [0] else f'read twice by the {describe_node(node)}'}")
+        raise RefusedError(f"its weight is {where if places == [0] else f'read twice by the {describe_node(node)}'}")
     return str(node.input[0])
 
 
