@@ -14,25 +14,28 @@ from collections.abc import Sequence
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lowrank_fx.cli_onnx import onnx_compress
-from lowrank_fx.cli_saved import Compile, Debug, compare, export, report, write_page
+from lowrank_fx.cli_options import (
+    TARGET,
+    Compile,
+    Debug,
+    KeepFlops,
+    KeepParams,
+    Quiet,
+    Scope,
+    Seed,
+    SkipPatterns,
+    WithinError,
+    chosen_target,
+)
+from lowrank_fx.cli_saved import compare, export, report, write_page
 from lowrank_fx.errors import LowRankError, OptionError
 
-if TYPE_CHECKING:
-    from lowrank_fx.targets import Target
-
 COMMAND = "lowrank-fx"
-
-
-class Scope(StrEnum):
-    """What a share to keep counts."""
-
-    model = "model"
-    sites = "sites"
 
 
 class Capture(StrEnum):
@@ -56,8 +59,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Quiet = Annotated[bool, typer.Option("--no-progress", metavar="", help="Print the results alone.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,36 +130,15 @@ def optimize(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where plan and weights go.")],
     html: Annotated[bool, typer.Option("--html", metavar="", help="Write report.html there too.")] = False,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ERROR",
-            help="Cheapest plan within this relative error of the output. This is the default, at 0.1.",
-            rich_help_panel="Target (at most one)",
-        ),
-    ] = None,
-    keep_params: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Most accurate plan that keeps this share of the parameters, such as 0.5.",
-            rich_help_panel="Target (at most one)",
-        ),
-    ] = None,
-    keep_flops: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Most accurate plan that keeps this share of the FLOPs, such as 0.6.",
-            rich_help_panel="Target (at most one)",
-        ),
-    ] = None,
+    tolerance: WithinError = None,
+    keep_params: KeepParams = None,
+    keep_flops: KeepFlops = None,
     keep_latency: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             help="Most accurate plan that keeps this share of the time, by the clock of this machine, such as 0.7.",
-            rich_help_panel="Target (at most one)",
+            rich_help_panel=TARGET,
         ),
     ] = None,
     metric: Annotated[
@@ -167,7 +147,7 @@ def optimize(
             metavar="MODULE:FUNCTION",
             help="Cheapest plan whose metric drops by at most --max-drop: a function from the model to a number, the "
             "higher the better.",
-            rich_help_panel="Target (at most one)",
+            rich_help_panel=TARGET,
         ),
     ] = None,
     max_drop: Annotated[
@@ -175,14 +155,14 @@ def optimize(
         typer.Option(
             metavar="DROP",
             help="How much lower the metric may be than the original's, in its own unit, such as 0.01.",
-            rich_help_panel="Target (at most one)",
+            rich_help_panel=TARGET,
         ),
     ] = None,
     of: Annotated[
         Scope | None,
         typer.Option(
             help="What a share counts: the whole model (the default), or the layers that can be factored alone.",
-            rich_help_panel="Target (at most one)",
+            rich_help_panel=TARGET,
             show_default=False,
         ),
     ] = None,
@@ -192,24 +172,21 @@ def optimize(
             "--regauge",
             metavar="",
             help="With --keep-params: leave out the numbers of each pair that change nothing, which buys higher ranks.",
-            rich_help_panel="Target (at most one)",
+            rich_help_panel=TARGET,
         ),
     ] = False,
     loss: Annotated[
         str | None,
         typer.Option(metavar="kl|MODULE:FUNCTION", help="What errors are measured by, instead of the L2 distance."),
     ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
-    ] = None,
+    skip: SkipPatterns = None,
     capture: Annotated[
         Capture,
         typer.Option(
             help="Take the model as a graph (export) or as its tree of modules; auto: as a tree where export refuses."
         ),
     ] = Capture.auto,
-    seed: Annotated[int, typer.Option(help="Chooses which rows are sampled. Same seed, same plan.")] = 0,
+    seed: Seed = 0,
     compile: Compile = True,
     no_progress: Quiet = False,
     debug: Debug = False,
@@ -223,7 +200,16 @@ def optimize(
     from lowrank_fx import pipeline
     from lowrank_fx.origin import Origin, named_batches, named_model, resolve, write_origin
 
-    target = _target(tolerance, keep_params, keep_flops, of, metric, max_drop, regauge=regauge, latency=keep_latency)
+    target = chosen_target(
+        tolerance=tolerance,
+        params=keep_params,
+        flops=keep_flops,
+        latency=keep_latency,
+        of=of,
+        metric=metric,
+        max_drop=max_drop,
+        regauge=regauge,
+    )
     made = pipeline.optimize(
         named_model(model, "MODULE:FACTORY"),
         named_batches(data, "--data"),
@@ -287,55 +273,3 @@ def _message(error: Exception) -> str:
 def _fail(cause: str, code: int) -> int:
     typer.echo(f"{COMMAND}: error: {cause}", err=True)
     return code
-
-
-# ---- what the options name -------------------------------------------------------------------------------------------
-
-
-def _target(
-    tolerance: float | None,
-    params: float | None,
-    flops: float | None,
-    of: Scope | None,
-    metric: str | None,
-    max_drop: float | None,
-    *,
-    regauge: bool = False,
-    latency: float | None = None,
-) -> Target:
-    """The one target of a command line.
-
-    Raises:
-        OptionError: more than one is given, ``--of`` without a share, ``--regauge`` without
-            ``--keep-params``, or one of ``--metric`` and ``--max-drop`` alone.
-        TargetError: a value is not legal.
-    """
-    from lowrank_fx.origin import resolve
-    from lowrank_fx.targets import Keep, Metric, Tolerance
-
-    options = {
-        "--tolerance": tolerance,
-        "--keep-params": params,
-        "--keep-flops": flops,
-        "--keep-latency": latency,
-    }
-    given = [f"{name} {value:g}" for name, value in options.items() if value is not None]
-    if metric is not None:
-        given.append(f"--metric {metric}")
-    if len(given) > 1:
-        raise OptionError(f"{' and '.join(given)}: give one target, not {len(given)}")
-    if max_drop is not None and metric is None:
-        raise OptionError(f"--max-drop {max_drop:g} says how much a metric may drop; use it with --metric")
-    if regauge and params is None:
-        raise OptionError("--regauge saves parameters; use it with --keep-params")
-    if params is None and flops is None and latency is None:
-        if of is not None:
-            keeps = "--keep-params, --keep-flops or --keep-latency"
-            raise OptionError(f"--of {of.value} says what a share counts; use it with {keeps}")
-        if metric is not None:
-            if max_drop is None:
-                raise OptionError(f"--metric {metric} needs --max-drop DROP: how much lower it may be, such as 0.01")
-            return Metric(resolve(metric, "--metric"), max_drop)
-        return Tolerance() if tolerance is None else Tolerance(tolerance)
-    counted = Scope.model if of is None else of
-    return Keep(params=params, flops=flops, latency=latency, of=counted.value, regauge=regauge)

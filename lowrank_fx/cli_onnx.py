@@ -10,10 +10,18 @@ from typing import Annotated
 
 import typer
 
-from lowrank_fx.cli_saved import Debug, write_page
-from lowrank_fx.errors import OptionError
-
-PANEL = "Target (at most one)"
+from lowrank_fx.cli_options import (
+    Debug,
+    Html,
+    KeepFlops,
+    KeepParams,
+    Quiet,
+    Seed,
+    SkipPatterns,
+    WithinError,
+    chosen_target,
+)
+from lowrank_fx.cli_saved import write_page
 
 
 def onnx_compress(
@@ -28,33 +36,13 @@ def onnx_compress(
             "tuples in their order, or the one input.",
         ),
     ],
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ERROR",
-            help="Cheapest plan within this relative error of the output. This is the default, at 0.1.",
-            rich_help_panel=PANEL,
-        ),
-    ] = None,
-    keep_params: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Most accurate plan that keeps this share of the parameters.", rich_help_panel=PANEL
-        ),
-    ] = None,
-    keep_flops: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Most accurate plan that keeps this share of the FLOPs.", rich_help_panel=PANEL
-        ),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses which rows are sampled. Same seed, same plan.")] = 0,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page too.")] = None,
-    no_progress: Annotated[bool, typer.Option("--no-progress", metavar="", help="Print the results alone.")] = False,
+    tolerance: WithinError = None,
+    keep_params: KeepParams = None,
+    keep_flops: KeepFlops = None,
+    skip: SkipPatterns = None,
+    seed: Seed = 0,
+    html: Html = None,
+    no_progress: Quiet = False,
     debug: Debug = False,
 ) -> None:
     r"""Factor the MatMul, Gemm and Conv nodes of an ONNX file; no PyTorch model is needed.
@@ -65,15 +53,8 @@ def onnx_compress(
     """
     from lowrank_fx import onnx_frontend
     from lowrank_fx.origin import named_batches
-    from lowrank_fx.targets import Keep, Target, Tolerance
 
-    options = {"--tolerance": tolerance, "--keep-params": keep_params, "--keep-flops": keep_flops}
-    given = [f"{name} {value:g}" for name, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise OptionError(f"{' and '.join(given)}: give one target, not {len(given)}")
-    target: Target = Tolerance() if tolerance is None else Tolerance(tolerance)
-    if keep_params is not None or keep_flops is not None:
-        target = Keep(params=keep_params, flops=keep_flops)
+    target = chosen_target(tolerance=tolerance, params=keep_params, flops=keep_flops)
     batches = named_batches(data, "--data")
     made = onnx_frontend.onnx_compress(
         source, goal, batches, target, skip=skip or (), seed=seed, progress=not no_progress

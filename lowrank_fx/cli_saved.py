@@ -8,22 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from lowrank_fx.cli_options import Compile, Debug, Html, Model
 from lowrank_fx.errors import OptionError
-
-Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
-Compile = Annotated[
-    bool,
-    typer.Option("--compile/--no-compile", metavar="", help="Compile the models, and measure them compiled."),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(metavar="MODULE:FACTORY", help="The original model; by default the one that DIR names."),
-]
 
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What optimize wrote.", show_default=False)],
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page too.")] = None,
+    html: Html = None,
     debug: Debug = False,
 ) -> None:
     """Print the report of a saved model; no weights are read."""

@@ -291,11 +291,12 @@ def test_bad_targets() -> None:
 
 
 def test_bad_command_line() -> None:
-    from lowrank_fx.cli import _target
+    from lowrank_fx.cli_options import chosen_target
 
     with pytest.raises(OptionError, match="--regauge saves parameters; use it with --keep-params"):
-        _target(None, None, 0.5, None, None, None, regauge=True)
-    assert _target(None, 0.5, None, None, None, None, regauge=True) == Keep(params=0.5, regauge=True)
+        chosen_target(tolerance=None, params=None, flops=0.5, regauge=True)
+    target = chosen_target(tolerance=None, params=0.5, flops=None, regauge=True)
+    assert target == Keep(params=0.5, regauge=True)
 
 
 @pytest.mark.parametrize(

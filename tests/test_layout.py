@@ -69,7 +69,7 @@ HOUSE = (
     *("onnx_frontend.flops", "onnx_frontend.inputs", "onnx_frontend.operators"),
     *("onnx_frontend.derivatives", "onnx_frontend.program", "onnx_frontend.compress", "onnx_frontend"),
     *("demo.show", "demo.encoder", "demo.digits", "demo"),
-    *("cli_saved", "cli_onnx", "cli", "__main__", "__init__"),
+    *("cli_options", "cli_saved", "cli_onnx", "cli", "__main__", "__init__"),
 )
 
 
