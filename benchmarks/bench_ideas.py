@@ -85,8 +85,8 @@ class Bench:
         for site in table.sites:
             if site.kind == "linear" and len(site.calls) == 1:
                 moment = gradients[site.name].parts[0]
-                own, weight = OutputMetric.of(moment), float(moment.gram(centered=False).trace()) ** 0.5
-                self.metrics[site.name] = OutputMetric(own.vectors, weight * own.roots, weight * own.floor)
+                weight = float(moment.gram(centered=False).trace()) ** 0.5
+                self.metrics[site.name] = OutputMetric.of(moment).scaled(weight)
                 self.taps.setdefault(site.calls[0].tap, []).append(site)
 
     def matrix(self, site: Site) -> Tensor:

@@ -42,7 +42,6 @@ class Moments:
         mean_out: of the wanted outputs ``[m]``, float64.
         grams: per group the centred second moment of the inputs ``[d, d]``, float64, summed over the rows.
         cross: of centred outputs with centred inputs ``[m, d]``, float64; group j owns the j-th block of its rows.
-        energy: the centred squared norm of the outputs.
     """
 
     rows: int
@@ -50,7 +49,6 @@ class Moments:
     mean_out: Tensor
     grams: tuple[Tensor, ...]
     cross: Tensor
-    energy: float
 
     @property
     def groups(self) -> int:
@@ -74,7 +72,6 @@ class Moments:
                 for one, two, part in zip(self.grams, other.grams, own, strict=True)
             ),
             self.cross + other.cross + weight * _outer(out, into, self.groups),
-            self.energy + other.energy + weight * float(out.square().sum()),
         )
 
     def about_zero(self) -> Moments:
@@ -88,7 +85,6 @@ class Moments:
                 for gram, part in zip(self.grams, self.mean_in.chunk(self.groups), strict=True)
             ),
             self.cross + self.rows * _outer(self.mean_out, self.mean_in, self.groups),
-            self.energy + self.rows * float(self.mean_out.square().sum()),
         )
 
     def offset(self, matrix: Tensor) -> Tensor:
@@ -96,12 +92,9 @@ class Moments:
         parts = zip(matrix.chunk(self.groups), self.mean_in.chunk(self.groups), strict=True)
         return self.mean_out - torch.cat([block @ own for block, own in parts])
 
-    def error(self, matrix: Tensor, constant: Tensor) -> float:
-        """|Y - matrix X' - constant|^2 over the rows, for a float64 ``[m, d]`` and ``[m]``."""
-        blocks = zip(matrix.chunk(self.groups), self.grams, strict=True)
-        within = self.energy - 2 * float((matrix * self.cross).sum())
-        within += sum(float(((block @ gram) * block).sum()) for block, gram in blocks)
-        return max(within, 0.0) + self.rows * float((self.offset(matrix) - constant).square().sum())
+    def unexplained(self, matrix: Tensor) -> Tensor:
+        """What a weight leaves of the cross moments, ``cross - matrix G``: float64 ``[m, d]``, as the weight."""
+        return self.cross - _applied(matrix, self.grams)
 
 
 class PairSum:
@@ -133,13 +126,11 @@ class PairSum:
             width = inputs.shape[1] // groups
             self._cross = torch.zeros(outputs.shape[1], width, dtype=torch.float64, device=inputs.device)
             self._total = torch.zeros(outputs.shape[1], dtype=torch.float64, device=inputs.device)
-            self._energy = torch.zeros((), dtype=torch.float64, device=inputs.device)
         into, out = inputs - self._about[0], outputs - self._about[1]
         parts = zip(into.chunk(groups, 1), out.chunk(groups, 1), self._cross.chunk(groups), strict=True)
         for own, wanted, cross in parts:
             cross += wanted.T @ own
         self._total += out.sum(0, dtype=torch.float64)
-        self._energy += out.square().sum(dtype=torch.float64)
         self._rows += len(inputs)
 
     def moments(self) -> Moments | None:
@@ -153,7 +144,6 @@ class PairSum:
             self._about[1].double() + out,
             tuple(part.gram() for part in self.sketch.parts),
             self._cross - self._rows * _outer(out, mean - self._about[0].double(), len(self.sketch.parts)),
-            max(float(self._energy) - self._rows * float(out.square().sum()), 0.0),
         )
 
 
@@ -168,13 +158,7 @@ def anchored_weight(moments: Moments, weight: Tensor, ridge: float) -> Tensor:
     Returns:
         float64 ``[m, d]``; a block without any input energy stays as it is.
     """
-    if math.isinf(ridge):
-        return weight
-    solved = []
-    blocks = zip(weight.chunk(moments.groups), moments.cross.chunk(moments.groups), moments.grams, strict=True)
-    for block, cross, gram in blocks:
-        solved.append(block + _ridge_solve(gram, cross - block @ gram, ridge))
-    return torch.cat(solved)
+    return weight if math.isinf(ridge) else weight + _change(moments, moments.unexplained(weight), ridge)
 
 
 def choose_ridge(halves: Sequence[Moments], weight: Tensor, *, centered: bool) -> float:
@@ -186,16 +170,41 @@ def choose_ridge(halves: Sequence[Moments], weight: Tensor, *, centered: bool) -
         centered: whether the layer's bias takes up the means.
     """
     halves = [half if centered else half.about_zero() for half in halves]
+    left = [half.unexplained(weight) for half in halves]
+    return next((ridge for ridge in RIDGES if crossed(halves, left, weight, ridge) < 0), math.inf)
 
-    def crossed(ridge: float) -> float:
-        total = 0.0
-        for fitted, other in (halves, reversed(halves)):
-            matrix = anchored_weight(fitted, weight, ridge)
-            total += other.error(matrix, fitted.offset(matrix))
-        return total
 
-    least = crossed(math.inf)
-    return next((ridge for ridge in RIDGES if crossed(ridge) < least), math.inf)
+def crossed(halves: Sequence[Moments], left: Sequence[Tensor], weight: Tensor, ridge: float) -> float:
+    """How much more of one half of the rows' squared error its W + E leaves than W does, E fitted to the other half.
+
+    Both ways together, each weight with the constant that suits the half it was fitted to. With D = C - W G,
+    |Y - (W + E) X'|^2 - |Y - W X'|^2 = <E G, E> - 2 <E, D> = -<E, D + (D - E G)>.
+
+    Args:
+        halves: two, under means of zero where the layer's constant is zero for good.
+        left: D of each.
+        weight: W, float64 ``[m, d]``.
+        ridge: as a share of the mean eigenvalue of G.
+    """
+    total = 0.0
+    for fitted, seen in ((0, 1), (1, 0)):
+        change = _change(halves[fitted], left[fitted], ridge)
+        other, gap = halves[seen], left[seen]
+        total -= float((change * (2 * gap - _applied(change, other.grams))).sum())
+        for matrix, sign in ((weight, -1), (weight + change, 1)):
+            apart = halves[fitted].offset(matrix) - other.offset(matrix)
+            total += sign * other.rows * float(apart.square().sum())
+    return total
+
+
+def _applied(matrix: Tensor, grams: Sequence[Tensor]) -> Tensor:
+    return torch.cat([block @ gram for block, gram in zip(matrix.chunk(len(grams)), grams, strict=True)])
+
+
+def _change(moments: Moments, unexplained: Tensor, ridge: float) -> Tensor:
+    """``unexplained (G + a I)^-1``, block by block; a block without any input energy stays as it is."""
+    blocks = zip(moments.grams, unexplained.chunk(moments.groups), strict=True)
+    return torch.cat([_ridge_solve(gram, right, ridge) for gram, right in blocks])
 
 
 def _ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:

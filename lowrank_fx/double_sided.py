@@ -2,7 +2,7 @@
 
 With G = B^T B the second moment of a site's inputs and Gamma that of the gradients at its output (``gradients.py``),
 
-    W' = R^-1 U_k U_k^T R W,    U_k the first k left singular vectors of R W B^T,    R = Gamma'^(1/2)
+    W' = R^-1 U_k U_k^T R W,    U_k the first k left singular vectors of R W B^T,    R^T R = Gamma'
 
 minimises |R (W - W') B^T|_F over all W' of rank k (Eckart and Young 1936, applied to R W B^T): the layer's output error
 in the metric of Gamma, which weighs a direction by how far it moves the model's output, taking inputs and gradients as
@@ -23,6 +23,7 @@ basis, written ``lowrank`` or ``lowrank@gradient``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,7 +33,6 @@ from torch.nn import functional as F
 from lowrank_fx.forms.base import ErrorCurve, Factors, apply_blocks
 from lowrank_fx.forms.output import OutputForm, group_spectrum
 from lowrank_fx.grouped_sketch import Sketch
-from lowrank_fx.linalg import symmetric_eigen
 from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
 
@@ -61,9 +61,74 @@ def split_variant(name: str) -> tuple[str, str]:
     return form, basis or ACTIVATION
 
 
+class OutputMetric(ABC):
+    """R of one group: any R with R^T R = Gamma' gives the same W', so each kind has the one that is cheapest."""
+
+    @staticmethod
+    def of(gradients: FrequentDirections, shrinkage: float = SHRINKAGE) -> OutputMetric:
+        """The metric that the sketched gradients of one group give.
+
+        Args:
+            gradients: of rows ``[m]``; not all of them zero.
+            shrinkage: a, in (0, 1].
+        """
+        least = shrinkage / gradients.dim
+        if gradients.exact:
+            gram = gradients.gram(centered=False)
+            gram *= (1 - shrinkage) / gram.trace()
+            gram.diagonal().add_(least)
+            return WholeMetric(torch.linalg.cholesky(gram).T)
+        _, lengths, right = torch.linalg.svd(gradients.matrix(centered=False), full_matrices=False)
+        values = lengths.square()
+        return SketchedMetric(right.T, ((1 - shrinkage) * values / values.sum() + least).sqrt(), least**0.5)
+
+    @abstractmethod
+    def root(self, matrix: Tensor) -> Tensor:
+        """R times a float64 matrix ``[m, n]``."""
+
+    @abstractmethod
+    def transposed(self, matrix: Tensor) -> Tensor:
+        """R^T times a float64 matrix ``[m, n]``."""
+
+    @abstractmethod
+    def inverse_root(self, matrix: Tensor) -> Tensor:
+        """R^-1 times a float64 matrix ``[m, n]``."""
+
+    @abstractmethod
+    def scaled(self, by: float) -> OutputMetric:
+        """R times a positive number."""
+
+
 @dataclass(frozen=True)
-class OutputMetric:
-    """R = Gamma'^(1/2) of one group, kept as floor I + V diag(roots - floor) V^T.
+class WholeMetric(OutputMetric):
+    """R as the transposed Cholesky factor of Gamma', which the floor keeps positive definite.
+
+    Attributes:
+        upper: R ``[m, m]``, float64, upper triangular.
+    """
+
+    upper: Tensor
+
+    def root(self, matrix: Tensor) -> Tensor:
+        """R times a float64 matrix ``[m, n]``."""
+        return self.upper @ matrix
+
+    def transposed(self, matrix: Tensor) -> Tensor:
+        """R^T times a float64 matrix ``[m, n]``."""
+        return self.upper.T @ matrix
+
+    def inverse_root(self, matrix: Tensor) -> Tensor:
+        """R^-1 times a float64 matrix ``[m, n]``."""
+        return torch.linalg.solve_triangular(self.upper, matrix, upper=True)
+
+    def scaled(self, by: float) -> WholeMetric:
+        """R times a positive number."""
+        return WholeMetric(by * self.upper)
+
+
+@dataclass(frozen=True)
+class SketchedMetric(OutputMetric):
+    """R = Gamma'^(1/2) for few directions of Gamma, as floor I + V diag(roots - floor) V^T.
 
     Attributes:
         vectors: V ``[m, r]``, float64, orthonormal columns.
@@ -75,43 +140,37 @@ class OutputMetric:
     roots: Tensor
     floor: float
 
-    @classmethod
-    def of(cls, gradients: FrequentDirections, shrinkage: float = SHRINKAGE) -> OutputMetric:
-        """The metric that the sketched gradients of one group give.
-
-        Args:
-            gradients: of rows ``[m]``; not all of them zero.
-            shrinkage: a, in (0, 1].
-        """
-        if gradients.exact:
-            values, vectors = symmetric_eigen(gradients.gram(centered=False))
-        else:
-            rows = gradients.matrix(centered=False)
-            _, lengths, right = torch.linalg.svd(rows, full_matrices=False)
-            values, vectors = lengths.square(), right.T
-        values = values.clamp(min=0)
-        least = shrinkage / gradients.dim
-        roots = ((1 - shrinkage) * values / values.sum() + least).sqrt()
-        return cls(vectors, roots, least**0.5)
-
     def root(self, matrix: Tensor) -> Tensor:
         """R times a float64 matrix ``[m, n]``."""
         return self.floor * matrix + self.vectors @ ((self.roots - self.floor)[:, None] * (self.vectors.T @ matrix))
+
+    def transposed(self, matrix: Tensor) -> Tensor:
+        """R^T times a float64 matrix ``[m, n]``; this R is symmetric."""
+        return self.root(matrix)
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         """R^-1 times a float64 matrix ``[m, n]``."""
         change = 1 / self.roots - 1 / self.floor
         return matrix / self.floor + self.vectors @ (change[:, None] * (self.vectors.T @ matrix))
 
+    def scaled(self, by: float) -> SketchedMetric:
+        """R times a positive number."""
+        return SketchedMetric(self.vectors, by * self.roots, by * self.floor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObliqueCurve(ErrorCurve):
-    """An error curve whose projections are oblique: W' = basis_k dual_k^T W, block by block.
+    """An error curve whose projections are oblique: W' = basis_k mixed_kk dual_k^T W, block by block.
+
+    ``basis_k mixed_kk`` are the first k columns of R^-1 U, scaled to length one. An orthonormal basis of them makes
+    sure that rounding a pair to its dtype costs no more than in the plain forms.
 
     Attributes:
-        dual: ``[out_features, largest]``, like ``basis``; within a group ``dual^T basis`` is the identity.
+        mixed: per group upper triangular ``[largest, largest]``, stacked; float64.
+        dual: ``[out_features, largest]``, like ``basis``; within a group ``mixed dual^T basis`` is the identity.
     """
 
+    mixed: Tensor = field(repr=False)
     dual: Tensor = field(repr=False)
 
 
@@ -131,15 +190,17 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
     ranks, beyond = form.supported(site, sketch)
     largest = (*ranks, *beyond)[-1]
     blocks = site.matrix(weight.detach()).double().chunk(site.groups)
-    bases, duals, tails = [], [], []
+    bases, mixes, duals, tails = [], [], [], []
     for block, part, own in zip(blocks, sketch.parts, gradients.parts, strict=True):
         metric = OutputMetric.of(own)
         directions, energies = group_spectrum(metric.root(block), part, site.centered, largest)
         back = metric.inverse_root(directions)
         lengths = torch.linalg.vector_norm(back, dim=0)
         tails.append(energies * lengths.square())
-        bases.append((back / lengths)[:, :largest])
-        duals.append((metric.root(directions) * lengths)[:, :largest])
+        orthonormal, mixed = torch.linalg.qr((back / lengths)[:, :largest])
+        bases.append(orthonormal)
+        mixes.append(mixed)
+        duals.append((metric.transposed(directions) * lengths)[:, :largest])
     longest = max(len(own) for own in tails)
     energies = torch.stack([F.pad(own, (0, longest - len(own))) for own in tails]).sum(0)
     tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
@@ -150,6 +211,7 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
         energy=float(tail[0]),
         basis=torch.cat(bases).to(keep).contiguous(),
         beyond=beyond,
+        mixed=torch.cat(mixes),
         dual=torch.cat(duals).to(keep).contiguous(),
     )
 
@@ -159,16 +221,15 @@ def oblique_factors(
 ) -> Factors:
     """The factors of one rank of :func:`double_sided`, in the weight's dtype and on its device.
 
-    ``factor_out`` is an orthonormal basis of the same columns, so that rounding the pair to its dtype costs no more
-    than in the plain forms.
+    What every rank needs, ``dual^T W``, is made once and kept until the curve may rest.
     """
     matrix = site.matrix(weight.detach()).double()
-    inner, outer = [], []
-    groups = zip(*(each.chunk(site.groups) for each in (matrix, curve.basis, curve.dual)), strict=True)
-    for block, basis, dual in groups:
-        orthonormal, mixed = torch.linalg.qr(basis[:, :rank].double())
-        inner.append(mixed @ (dual[:, :rank].double().T @ block))
-        outer.append(orthonormal)
+    if "seen" not in curve.work:
+        blocks = zip(curve.dual.chunk(site.groups), matrix.chunk(site.groups), strict=True)
+        curve.work["seen"] = [dual.double().T @ block for dual, block in blocks]
+    mixes = curve.mixed.chunk(site.groups)
+    inner = [mixed[:rank, :rank] @ seen[:rank] for mixed, seen in zip(mixes, curve.work["seen"], strict=True)]
+    outer = [basis[:, :rank] for basis in curve.basis.chunk(site.groups)]
     factor_in, factor_out = (torch.cat(each).to(weight.dtype) for each in (inner, outer))
     factors = form.assemble(site, factor_in, factor_out, None)
     if not site.centered:

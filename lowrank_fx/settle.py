@@ -141,9 +141,9 @@ class Maker:
         def remake(site: Site, weight: Tensor, sketch: Sketch) -> Factors:
             form, rank = choice[site.name]
             curve = self.curves[site.name].forms[form]
-            if isinstance(FORMS.get(form), AlternatingForm):  # the alternation finds its way from the planned start
-                curve = replace(curve, made={}, work={})
-            elif not isinstance(curve, ObliqueCurve):
+            if isinstance(curve, ObliqueCurve) or isinstance(FORMS[form], AlternatingForm):
+                curve = replace(curve, made={}, work={})  # an alternation finds its way from the planned start
+            else:
                 curve = FORMS[form].curve(site, weight, sketch)
             return SiteCurves(site, weight, sketch, {form: curve}).factors(form, rank)
 

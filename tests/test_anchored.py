@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_fx.anchored import RIDGES, Moments, PairSum, anchored_weight, choose_ridge
+from lowrank_fx.anchored import RIDGES, Moments, PairSum, anchored_weight, choose_ridge, crossed
 from lowrank_fx.grouped_sketch import make_sketch
 
 GROUPS, WIDTH, FEATURES = 2, 5, 6
@@ -40,20 +40,35 @@ def moments(inputs: Tensor, outputs: Tensor) -> Moments:
     return made
 
 
-def test_moments_merge_and_give_the_error_of_any_weight() -> None:
+def test_moments_merge_and_are_those_of_all_rows() -> None:
     one, two = pairs(1), pairs(2, rows=170)
     joint = moments(one[0], one[1]).merged(moments(two[0], two[1]))
     inputs, outputs = torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])
     whole = moments(inputs, outputs)
+    weight = torch.randn(FEATURES, WIDTH, dtype=torch.float64)
+    rest = outputs - apply(weight, inputs)
     for made in (joint, whole):
         assert made.rows == 570
-        weight, constant = torch.randn(FEATURES, WIDTH, dtype=torch.float64), torch.randn(FEATURES, dtype=torch.float64)
-        direct = float((outputs - apply(weight, inputs) - constant).square().sum())
         # Everything is in float64; the largest sums have about 1e4 terms.
-        assert made.error(weight, constant) == pytest.approx(direct, rel=1e-10)
-        plain = float((outputs - apply(weight, inputs)).square().sum())
-        assert made.about_zero().error(weight, torch.zeros_like(constant)) == pytest.approx(plain, rel=1e-10)
-        assert torch.allclose(made.offset(weight), (outputs - apply(weight, inputs)).mean(0), atol=1e-12)
+        assert torch.allclose(made.offset(weight), rest.mean(0), atol=1e-12)
+        for found, own, centre in ((made, rest - rest.mean(0), inputs.mean(0)), (made.about_zero(), rest, 0)):
+            parts = zip(own.chunk(GROUPS, 1), (inputs - centre).chunk(GROUPS, 1), strict=True)
+            direct = torch.cat([left.T @ into for left, into in parts])
+            assert torch.allclose(found.unexplained(weight), direct, rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_what_a_fit_to_one_half_does_to_the_other(centered: bool) -> None:
+    data = [pairs(seed) for seed in (1, 2)]
+    halves = [moments(*own[:2]) if centered else moments(*own[:2]).about_zero() for own in data]
+    weight = data[0][2] + 0.1
+    direct = 0.0
+    for fitted, (inputs, outputs, _) in zip(halves, reversed(data), strict=True):
+        for matrix, sign in ((weight, -1), (anchored_weight(fitted, weight, 0.1), 1)):
+            constant = fitted.offset(matrix) if centered else 0.0
+            direct += sign * float((outputs - apply(matrix, inputs) - constant).square().sum())
+    left = [half.unexplained(weight) for half in halves]
+    assert crossed(halves, left, weight, 0.1) == pytest.approx(direct, rel=1e-9)
 
 
 @pytest.mark.parametrize("centered", [True, False])

@@ -130,7 +130,8 @@ def test_roots_are_inverse_to_each_other(size: int | None) -> None:
     value = rows(12, 5, 4)
     assert torch.allclose(metric.inverse_root(metric.root(value)), value, atol=1e-12)
     kept = sketch.matrix(centered=False) if size is not None else gradients
-    assert torch.allclose(metric.root(metric.root(value)), shrunk(kept, 0.05) @ value, atol=1e-12)
+    assert torch.allclose(metric.transposed(metric.root(value)), shrunk(kept, 0.05) @ value, atol=1e-12)
+    assert torch.allclose(metric.scaled(2.0).root(value), 2 * metric.root(value), atol=1e-12)
 
 
 @pytest.mark.parametrize("form", [LowRank(), Channel()])
