@@ -115,7 +115,8 @@ class WholeMetric(OutputMetric):
 
     def transposed(self, matrix: Tensor) -> Tensor:
         """R^T times a float64 matrix ``[m, n]``."""
-        return self.upper.T @ matrix
+        product: Tensor = self.upper.T @ matrix
+        return product
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         """R^-1 times a float64 matrix ``[m, n]``."""
