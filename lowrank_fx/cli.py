@@ -23,6 +23,7 @@ from lowrank_fx.cli_options import (
     TARGET,
     Compile,
     Debug,
+    EffortChoice,
     KeepFlops,
     KeepParams,
     Quiet,
@@ -30,6 +31,7 @@ from lowrank_fx.cli_options import (
     Seed,
     SkipPatterns,
     WithinError,
+    Work,
     chosen_target,
 )
 from lowrank_fx.cli_saved import compare, export, report, write_page
@@ -186,6 +188,7 @@ def optimize(
             help="Take the model as a graph (export) or as its tree of modules; auto: as a tree where export refuses."
         ),
     ] = Capture.auto,
+    effort: Work = EffortChoice.high,
     seed: Seed = 0,
     compile: Compile = True,
     no_progress: Quiet = False,
@@ -216,6 +219,7 @@ def optimize(
         target=target,
         skip=skip or (),
         capture=capture.value,
+        effort=effort.value,
         seed=seed,
         loss_fn="kl" if loss == "kl" else resolve(loss, "--loss") if loss is not None else None,
         compile=compile,

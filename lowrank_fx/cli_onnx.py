@@ -12,6 +12,7 @@ import typer
 
 from lowrank_fx.cli_options import (
     Debug,
+    EffortChoice,
     Html,
     KeepFlops,
     KeepParams,
@@ -19,6 +20,7 @@ from lowrank_fx.cli_options import (
     Seed,
     SkipPatterns,
     WithinError,
+    Work,
     chosen_target,
 )
 from lowrank_fx.cli_saved import write_page
@@ -40,6 +42,7 @@ def onnx_compress(
     keep_params: KeepParams = None,
     keep_flops: KeepFlops = None,
     skip: SkipPatterns = None,
+    effort: Work = EffortChoice.high,
     seed: Seed = 0,
     html: Html = None,
     no_progress: Quiet = False,
@@ -57,7 +60,7 @@ def onnx_compress(
     target = chosen_target(tolerance=tolerance, params=keep_params, flops=keep_flops)
     batches = named_batches(data, "--data")
     made = onnx_frontend.onnx_compress(
-        source, goal, batches, target, skip=skip or (), seed=seed, progress=not no_progress
+        source, goal, batches, target, skip=skip or (), effort=effort.value, seed=seed, progress=not no_progress
     )
     report = made.report()
     typer.echo(str(report))

@@ -20,6 +20,13 @@ TARGET = "Target (at most one)"
 """The panel of ``--help`` that targets stand in."""
 
 
+class EffortChoice(StrEnum):
+    """How much may be measured for a plan."""
+
+    low = "low"
+    high = "high"
+
+
 class Scope(StrEnum):
     """What a share to keep counts."""
 
@@ -41,6 +48,10 @@ Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the repor
 SkipPatterns = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers to leave alone, such as '*.pooler.*'. May be repeated."),
+]
+Work = Annotated[
+    EffortChoice,
+    typer.Option("--effort", help="How much may be measured for the plan. low is several times as fast."),
 ]
 Seed = Annotated[int, typer.Option(help="Chooses which rows are sampled. Same seed, same plan.")]
 WithinError = Annotated[

@@ -112,6 +112,8 @@ def error_curves(
     forms: Sequence[str] | None = None,
     progress: bool = True,
     gradients: Mapping[str, Sketch] | None = None,
+    *,
+    twins: bool = True,
 ) -> dict[str, SiteCurves]:
     """The error curves of every site that calibration reached, by site name.
 
@@ -123,6 +125,7 @@ def error_curves(
         progress: show a progress bar.
         gradients: at the sites' outputs, from :func:`~lowrank_fx.gradients.output_gradients`; where there are some, the
             output forms come in their basis too.
+        twins: False where the basis of gradients, if there are any, takes the place of that of activations.
     """
     found: dict[str, SiteCurves] = {}
     with Progress("spectra", len(table.sites), progress) as bar:
@@ -130,10 +133,14 @@ def error_curves(
             sketch = calibration.sketch_of(table, site)
             weight = program.weight(site)
             if sketch is not None:
-                offered = [form for form in forms_for(site, forms) if form.ranks(site)]
-                curves = {form.name: form.curve(site, weight, sketch) for form in offered}
                 own = (gradients or {}).get(site.name)
-                for form in offered:
+                curves: dict[str, ErrorCurve] = {}
+                for form in forms_for(site, forms):
+                    if not form.ranks(site):
+                        continue
+                    oblique = own is not None and isinstance(form, OutputForm)
+                    if twins or not oblique:
+                        curves[form.name] = form.curve(site, weight, sketch)
                     if own is not None and isinstance(form, OutputForm):
                         curves[variant(form.name, GRADIENT)] = double_sided(form, site, weight, sketch, own)
                 if curves:

@@ -120,7 +120,8 @@ class WholeMetric(OutputMetric):
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         """R^-1 times a float64 matrix ``[m, n]``."""
-        return torch.linalg.solve_triangular(self.upper, matrix, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(self.upper, matrix, upper=True)
+        return solved
 
     def scaled(self, by: float) -> WholeMetric:
         """R times a positive number."""

@@ -36,17 +36,12 @@ from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import ErrorSum
 from lowrank_fx.curves import EffectCurve, SiteCurves, monotone
 from lowrank_fx.double_sided import split_variant
+from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.forms import FORMS, ErrorCurve, Factors, dense_params
 from lowrank_fx.program import Factored, Outputs, Program
 
 EFFECT_FLOPS = 2.0e12
 """Work allowed for measuring effects; it sets how many rows of the cached batches are used."""
-
-MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
-"""Where on a site's range of ranks its effect is measured at most."""
-
-STRAIGHT = 1.1
-"""An effect within this ratio of the one expected from its neighbours is where a straight curve would be."""
 
 WORST_ERROR, WORST_TWIN, WORST_EFFECT = 3.0, 1.3, 1.1
 """How far behind the best at equal cost a variant may be before it leaves the race: in the site's own error, in that
@@ -59,7 +54,11 @@ MIN_EFFECT_ROWS = 16
 
 
 def measure_effects(
-    program: Program, curves: Mapping[str, SiteCurves], calibration: Calibration, progress: bool = True
+    program: Program,
+    curves: Mapping[str, SiteCurves],
+    calibration: Calibration,
+    effort: Effort = EFFORTS["high"],
+    progress: bool = True,
 ) -> dict[tuple[str, str], EffectCurve]:
     """Measure the effect of every site and variant, at the ranks where its curve bends.
 
@@ -67,14 +66,14 @@ def measure_effects(
         program: the captured model.
         curves: from :func:`error_curves`.
         calibration: its effect batches are used, or so many of their rows as ``EFFECT_FLOPS`` allows.
+        effort: how many batches, and at which ranks.
         progress: show a progress bar for work over two seconds.
 
     Returns:
         An effect curve per (site name, variant); variants that left the race have none.
     """
-    batches = affordable(
-        program, calibration, EXPECTED_FORKS * sum(len(entry.forms) for entry in curves.values()), EFFECT_FLOPS
-    )
+    forks = EXPECTED_FORKS * sum(len(entry.forms) for entry in curves.values())
+    batches = affordable(program, calibration.effect_batches[: effort.batches], calibration.flops, forks, EFFECT_FLOPS)
     sites = [entry.site for entry in curves.values()]
     races: dict[str, _Race] = {}
     with torch.no_grad(), Progress("effects", len(sites) * len(batches), progress) as bar:
@@ -101,7 +100,7 @@ def measure_effects(
                         for (form, rank), total in races[site.name].sums.items():
                             measure(form, rank, total)
                     else:
-                        races[site.name] = _Race(entry, measure)
+                        races[site.name] = _Race(entry, measure, effort)
                         races[site.name].run()
                     entry.rest()
                     bar.advance(note=site.name)
@@ -116,17 +115,19 @@ class _Race:
     Args:
         entry: the site.
         measure: adds the outputs' error at one variant and rank to a sum.
+        effort: at which ranks.
     """
 
-    def __init__(self, entry: SiteCurves, measure: Callable[[str, int, ErrorSum], None]) -> None:
+    def __init__(self, entry: SiteCurves, measure: Callable[[str, int, ErrorSum], None], effort: Effort) -> None:
         self.entry = entry
         self.measure = measure
+        self.effort = effort
         self.sums: dict[tuple[str, int], ErrorSum] = {}
 
     def run(self) -> None:
         """Measure every variant for as long as it is in the race."""
         for form, curve in sorted(self.entry.forms.items(), key=self._likeness):
-            ladder = _measured_ranks(curve.ranks)
+            ladder = _measured_ranks(curve.ranks, self.effort.shares)
             middle = len(ladder) // 2
             heats = [ladder[middle], ladder[middle // 2]]
             if not self.sums or (self._promises(form, heats) and any(self._holds(form, rank) for rank in heats)):
@@ -192,7 +193,7 @@ class _Race:
                 [(errors[0], self._effect(form, ladder[high])), (errors[2], self._effect(form, ladder[low]))]
             )
             expected, found = ends.at(errors[1]), self._effect(form, ladder[middle])
-            if not expected / STRAIGHT <= found <= expected * STRAIGHT:
+            if not expected / self.effort.straight <= found <= expected * self.effort.straight:
                 open_spans += [(low, middle), (middle, high)]
 
 
@@ -272,19 +273,27 @@ def _error(device: torch.device, run: Callable[[Call], Outputs], batches: Sequen
     return total.relative
 
 
-def _measured_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    wanted = [share * ranks[-1] for share in MEASURED_SHARES]
+def _measured_ranks(ranks: tuple[int, ...], shares: Sequence[float]) -> tuple[int, ...]:
+    wanted = [share * ranks[-1] for share in shares]
     return tuple(sorted({min(ranks, key=lambda rank: (abs(rank - aim), rank)) for aim in wanted} | {ranks[0]}))
 
 
-def affordable(program: Program, calibration: Calibration, forks: int, work: float) -> list[CachedBatch]:
-    """The first rows of each effect batch, so many that all forks (half the graph each) fit ``work`` FLOPs.
+def affordable(
+    program: Program, batches: Sequence[CachedBatch], flops: int, forks: int, work: float
+) -> list[CachedBatch]:
+    """The first rows of each batch, so many that all forks (half the graph each) fit ``work`` FLOPs.
 
     At least ``MIN_EFFECT_ROWS`` in all, or what there is.
+
+    Args:
+        program: the captured model.
+        batches: with the original's outputs.
+        flops: of the program on the first one.
+        forks: how often what is behind a site runs again.
+        work: FLOPs.
     """
-    batches = calibration.effect_batches
     total = sum(batch.call.batch_size for batch in batches)
-    per_row = calibration.flops / max(batches[0].call.batch_size, 1) if batches else 0
+    per_row = flops / max(batches[0].call.batch_size, 1) if batches else 0
     rows = int(work / max(forks * per_row / 2, 1.0))
     rows = min(max(rows, MIN_EFFECT_ROWS), total)
     if rows == total:

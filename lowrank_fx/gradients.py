@@ -26,6 +26,7 @@ from lowrank_fx._progress import Progress
 from lowrank_fx.batches import Call
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import floating_outputs, without_padding
+from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.grouped_sketch import Sketch, make_sketch
 from lowrank_fx.program import Outputs, Program
 from lowrank_fx.sites import Site, SiteTable
@@ -33,14 +34,8 @@ from lowrank_fx.sites import Site, SiteTable
 GRADIENT_FLOPS = 5.0e11
 """Work allowed for gradients; it sets how many calibration batches are used."""
 
-GRADIENT_SAMPLES = 512
-"""Samples (rows of batches) that are enough; a sample that is run with two random vectors counts twice."""
-
 GRADIENT_ROWS = 16384
 """Rows of a site's output, evenly spaced, whose gradients are kept; images have very many."""
-
-MAX_PROBES = 4
-"""Random vectors per batch, at most, where few batches leave work to spend."""
 
 EXACT_BYTES = 256 << 20
 """Memory that exact sums of all gradients may take; beyond it wide outputs are sketched."""
@@ -53,6 +48,7 @@ def output_gradients(
     program: Program,
     table: SiteTable,
     calibration: Calibration,
+    effort: Effort = EFFORTS["high"],
     progress: bool = True,
 ) -> dict[str, Sketch]:
     """The second moments of the gradients at every site's output, summed over calibration batches.
@@ -61,6 +57,7 @@ def output_gradients(
         program: the captured model.
         table: its sites.
         calibration: the inputs of its calibration batches are used, as many as ``GRADIENT_FLOPS`` allows.
+        effort: how many samples are enough, and how many random vectors a batch is run with at most.
         progress: show a progress bar for work over two seconds.
 
     Returns:
@@ -74,7 +71,7 @@ def output_gradients(
     exact = sum(8 * site.out_features**2 // site.groups for site in table.sites)
     widest = 2 * SKETCH_SIZE if exact > EXACT_BYTES else max((site.out_features for site in table.sites), default=0)
     run = program.probed(list(sites))
-    calls, probes = _affordable(calibration)
+    calls, probes = _affordable(calibration, effort)
     generator = torch.Generator("cpu").manual_seed(calibration.seed)
     with Progress("gradients", len(calls), progress) as bar:
         for call in calls:
@@ -156,7 +153,7 @@ def _gradients_of(
     return made
 
 
-def _affordable(calibration: Calibration) -> tuple[list[Call], int]:
+def _affordable(calibration: Calibration, effort: Effort) -> tuple[list[Call], int]:
     """The batches, spread over all, that fit the work allowed, and how many probes each gets.
 
     A backward pass to activations alone costs about as much as the forward pass.
@@ -165,10 +162,10 @@ def _affordable(calibration: Calibration) -> tuple[list[Call], int]:
     if not calls:
         return [], 0
     per_row = calibration.flops / max(calls[0].batch_size, 1)
-    rows = min(int(GRADIENT_FLOPS / max(2 * per_row, 1.0)), GRADIENT_SAMPLES)
+    rows = min(int(GRADIENT_FLOPS / max(2 * per_row, 1.0)), effort.samples)
     sizes = [call.batch_size for call in calls]
     if rows >= sum(sizes):
-        return calls, min(max(rows // max(sum(sizes), 1), 1), MAX_PROBES)
+        return calls, min(max(rows // max(sum(sizes), 1), 1), effort.probes)
     if rows < sizes[0]:
         return [calls[0].rows(0, max(1, rows))], 1
     count = rows * len(calls) // sum(sizes)

@@ -22,11 +22,9 @@ from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import Checkpoint, run_calibration
 from lowrank_fx.capture import capture as capture_graph
 from lowrank_fx.capture import device_of, unwrap
-from lowrank_fx.curves import error_curves
-from lowrank_fx.effects import measure_effects
+from lowrank_fx.effort import EffortName, effort_of
 from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
 from lowrank_fx.forms import check_forms
-from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.judges import Measure
 from lowrank_fx.losses import LossFn, measure_note, measure_of
@@ -37,6 +35,7 @@ from lowrank_fx.refine_options import Refine
 from lowrank_fx.refusal import ExportRefusedError
 from lowrank_fx.session import Session
 from lowrank_fx.sites import SiteTable
+from lowrank_fx.study import studied
 from lowrank_fx.targets import Target, Tolerance, check_target
 from lowrank_fx.tree_program import TreeProgram
 
@@ -51,6 +50,7 @@ def optimize(
     skip: Sequence[str] = (),
     planner: str = "budget",
     forms: Sequence[str] | None = None,
+    effort: EffortName = "high",
     forward_args: Callable[[Any], Any] | None = None,
     holdout: float = 0.2,
     compile: bool = True,
@@ -82,6 +82,8 @@ def optimize(
         planner: ``"budget"`` (the default: measured effects, the best of several allocations), ``"energy"`` or
             ``"uniform"``.
         forms: names of the forms that may be used (default: all).
+        effort: how much may be measured for the plan: ``"high"``, or ``"low"`` for a first try, in a fraction of the
+            time (see :mod:`lowrank_fx.effort`). Held-out data chooses and reports either way.
         forward_args: a function from a batch to the arguments of ``forward``, where the rules above do not fit.
         holdout: share of the batches that is held out, in (0, 0.5].
         compile: run the result through ``torch.compile`` (inductor), and measure it against the compiled original.
@@ -115,6 +117,7 @@ def optimize(
     check_target(target)
     check_refine(refine, clone=copy)
     find_planner(planner)
+    limits = effort_of(effort)
     measure = measure_of(loss_fn)
     check_forms(check_names("forms", forms or ()))
     inner = unwrap(model)
@@ -144,16 +147,16 @@ def optimize(
                 progress=progress,
             )
         calibration = calibration.judged(program, measure)
-        gradients = output_gradients(program, table, calibration, progress=progress)
-        curves = error_curves(program, table, calibration, forms, progress, gradients)
+        study = studied(program, table, calibration, limits, forms=forms, progress=progress)
         session = Session(
             model=inner,
             program=program,
             table=table,
             calibration=calibration,
-            curves=curves,
-            effects=measure_effects(program, curves, calibration, progress),
+            curves=study.curves,
+            effects=study.effects,
             planner=planner,
+            effort=limits,
             notes=(
                 *remarks,
                 *measure_note(measure),

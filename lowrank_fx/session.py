@@ -23,6 +23,7 @@ from lowrank_fx.corrections import Made, Settled
 from lowrank_fx.curves import EffectCurve, SiteCurves
 from lowrank_fx.double_sided import split_variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_joint
+from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.errors import TargetError
 from lowrank_fx.offers import Offers
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan
@@ -64,6 +65,7 @@ class Session:
         planner: the planner's name.
         notes: what the user should know.
         params: number of parameters of the user's model.
+        effort: how much work a plan may be.
         progress: whether work over two seconds shows a progress bar.
         regauge: whether pairs are re-gauged where they can be, which the target says.
         times: measured times of the sites, of a target that obeys them: options that are not faster are not on offer.
@@ -78,6 +80,7 @@ class Session:
     planner: str
     notes: tuple[str, ...]
     params: int
+    effort: Effort = EFFORTS["high"]
     progress: bool = False
     regauge: bool = False
     times: SiteTimes | None = None
@@ -96,7 +99,7 @@ class Session:
     @property
     def maker(self) -> Maker:
         """What makes factors of a choice."""
-        return Maker(self.program, self.table, self.calibration, self.curves, self.progress)
+        return Maker(self.program, self.table, self.calibration, self.curves, self.effort.corrections, self.progress)
 
     def plan(self, target: Target) -> tuple[Plan, Made]:
         """The plan for ``target``, and what it puts into the program; no time is measured.
@@ -169,14 +172,15 @@ class Session:
 
     def _around(self, pick: Pick) -> Mapping[str, Allocator] | None:
         """The candidate by the effects that sites have around a pick; None where measuring them is too dear."""
-        if "effect" not in planner(self.planner):
+        if not self.effort.around or "effect" not in planner(self.planner):
             return None
         tried = neighbours(self.problem, pick)
         chosen = self.problem.factored(pick)
         per_row = self.calibration.flops / max(self.calibration.effect_batches[0].call.batch_size, 1)
         if not chosen or len(tried) * per_row / 2 * MIN_EFFECT_ROWS > MARGINAL_FLOPS:
             return None
-        batches = affordable(self.program, self.calibration, len(tried), MARGINAL_FLOPS)
+        known = self.calibration.effect_batches[: self.effort.batches]
+        batches = affordable(self.program, known, self.calibration.flops, len(tried), MARGINAL_FLOPS)
         options = {name: self.problem.options[name][index] for name, index in tried.items()}
         instead = {name: [None if own.rank is None else (own.form, own.rank)] for name, own in options.items()}
         error, errors = measure_joint(self.program, self.curves, chosen, instead, batches)

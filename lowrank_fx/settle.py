@@ -38,6 +38,7 @@ class Maker:
         table: its sites and taps.
         calibration: sketches and cached batches.
         curves: error curves by site name.
+        corrections: those of ``CORRECTIONS`` that are tried, by name.
         progress: whether work over two seconds shows a progress bar.
     """
 
@@ -45,6 +46,7 @@ class Maker:
     table: SiteTable
     calibration: Calibration
     curves: Mapping[str, SiteCurves]
+    corrections: tuple[str, ...]
     progress: bool
 
     def factors(self, choice: Choice, *, final: bool = True) -> Chosen:
@@ -90,7 +92,7 @@ class Maker:
         if not isinstance(self.program, GraphProgram):
             return best  # a module tree runs as a whole, so nothing can be fitted between its layers
         tried: list[tuple[str, float]] = []
-        for how in CORRECTIONS:
+        for how in self.corrections:
             best = self._better(best, Made(self.corrected(choice, how)), how, tried)
         made = with_norms(self.program, self.calibration, best.made)
         if made.buffers:

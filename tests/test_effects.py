@@ -21,6 +21,7 @@ from lowrank_fx.capture import capture
 from lowrank_fx.compare import ErrorSum
 from lowrank_fx.curves import EffectCurve, SiteCurves, error_curves, monotone
 from lowrank_fx.effects import joint_error, measure_effects, measure_joint
+from lowrank_fx.effort import EFFORTS
 from lowrank_fx.errors import PlanError
 from lowrank_fx.forms import ErrorCurve, Factors
 from lowrank_fx.gradients import output_gradients
@@ -137,7 +138,7 @@ def run_race(effects: dict[str, Callable[[int], float]], errors: dict[str, Calla
     def measure(form: str, rank: int, total: ErrorSum) -> None:
         total.add(torch.tensor([1 + effects[form](rank)]), torch.tensor([1.0]))
 
-    race = room._Race(entry, measure)
+    race = room._Race(entry, measure, EFFORTS["high"])
     race.run()
     return race
 
@@ -147,7 +148,7 @@ def test_a_straight_curve_takes_three_ranks_and_a_bent_one_more() -> None:
     assert len(straight.sums) == 3
     bent = run_race({"lowrank": lambda rank: 1.0 if rank < 8 else 1e-3}, {"lowrank": lambda rank: 0.9**rank})
     assert len(bent.sums) > 4
-    assert {rank for _, rank in bent.sums} <= set(room._measured_ranks(tuple(range(1, 32))))
+    assert {rank for _, rank in bent.sums} <= set(room._measured_ranks(tuple(range(1, 32)), EFFORTS["high"].shares))
 
 
 def test_who_leaves_the_race() -> None:
@@ -210,14 +211,15 @@ def test_measuring_changes_nothing(mixed: Fixture) -> None:
 
 def test_expensive_models_are_measured_on_their_first_rows(mixed: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EFFECT_FLOPS", 1.0)
-    cut = room.affordable(mixed.program, mixed.calibration, 100, room.EFFECT_FLOPS)
+    batches, flops = mixed.calibration.effect_batches, mixed.calibration.flops
+    cut = room.affordable(mixed.program, batches, flops, 100, room.EFFECT_FLOPS)
     # 16 rows of 48: a third of each of the two batches.
     assert [batch.call.batch_size for batch in cut] == [8, 8]
-    for batch, whole in zip(cut, mixed.calibration.effect_batches, strict=True):
+    for batch, whole in zip(cut, batches, strict=True):
         assert torch.equal(batch.call.args[0], whole.call.args[0][:8])
         assert torch.allclose(batch.reference[0], whole.reference[0][:8], atol=1e-5)
     monkeypatch.undo()
-    assert room.affordable(mixed.program, mixed.calibration, 100, room.EFFECT_FLOPS) == mixed.calibration.effect_batches
+    assert room.affordable(mixed.program, batches, flops, 100, room.EFFECT_FLOPS) == batches
 
 
 def test_a_rank_that_is_not_on_offer_is_refused(mixed: Fixture) -> None:

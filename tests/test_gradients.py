@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from lowrank_fx import gradients as room
 from lowrank_fx.batches import Assigned, Call, Role
 from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
+from lowrank_fx.effort import EFFORTS
 from lowrank_fx.gradients import output_gradients, output_rows, random_projection
 from lowrank_fx.pipeline import Capture, take
 from lowrank_fx.program import Program
@@ -78,10 +81,9 @@ def jacobians(model: Net, image: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_moments_are_those_of_the_dense_jacobian(way: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     model, program, table, calibration = prepared(way)
     assert isinstance(model, Net)
-    monkeypatch.setattr(room, "GRADIENT_SAMPLES", 10**6)
-    monkeypatch.setattr(room, "MAX_PROBES", 1500)
     monkeypatch.setattr(room, "GRADIENT_ROWS", 10**9)
-    sketches = output_gradients(program, table, calibration, progress=False)
+    effort = replace(EFFORTS["high"], samples=10**6, probes=1500)
+    sketches = output_gradients(program, table, calibration, effort, progress=False)
     assert set(sketches) == {"conv", "hidden", "head"}
     image = torch.cat([call.args[0] for call in calibration.input_batches])
     for name, expected in zip(("hidden", "conv"), jacobians(model, image), strict=True):
@@ -141,12 +143,13 @@ def test_padding_takes_no_part_and_work_is_bounded(monkeypatch: pytest.MonkeyPat
     (gradient,) = torch.autograd.grad(random_projection((output,), mask, torch.Generator().manual_seed(0)), output)
     assert torch.equal(gradient.abs().sum(2) > 0, mask)
     *_, calibration = prepared("export")
-    assert [call.batch_size for call in room._affordable(calibration)[0]] == [8, 8]
-    assert room._affordable(calibration)[1] == room.MAX_PROBES
+    high = EFFORTS["high"]
+    assert [call.batch_size for call in room._affordable(calibration, high)[0]] == [8, 8]
+    assert room._affordable(calibration, high)[1] == high.probes == 4
     monkeypatch.setattr(room, "GRADIENT_FLOPS", calibration.flops * 2.0)
-    assert [call.batch_size for call in room._affordable(calibration)[0]] == [8]
+    assert [call.batch_size for call in room._affordable(calibration, high)[0]] == [8]
     monkeypatch.setattr(room, "GRADIENT_FLOPS", calibration.flops * 0.5)
-    assert [call.batch_size for call in room._affordable(calibration)[0]] == [2]
+    assert [call.batch_size for call in room._affordable(calibration, high)[0]] == [2]
 
 
 def test_code_that_reads_numbers_out_of_tensors_is_not_warned() -> None:

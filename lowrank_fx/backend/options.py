@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lowrank_fx.effort import EffortName, effort_of
 from lowrank_fx.errors import LowRankError, OptionError
 from lowrank_fx.plan import Plan
 from lowrank_fx.targets import Keep, Target, Tolerance
@@ -23,6 +24,8 @@ class BackendOptions:
         calibration_steps: calls that are sketched before the plan is made, 1 or more.
         target: what is asked for, from ``tolerance``, ``keep_params``, ``keep_flops`` or ``keep_latency``.
         skip: patterns of layers to leave alone, such as ``"*.pooler.*"``.
+        effort: how much may be measured for the plan, ``"high"`` or ``"low"``; the call that ends calibration waits
+            for it.
         seed: chooses the rows that are sampled.
         inner: the backend that compiles the graphs, by name or as a function.
         plan: a folder that :meth:`LowRankModule.save` wrote (or its ``plan.json``), whose factors are used without any
@@ -34,6 +37,7 @@ class BackendOptions:
     calibration_steps: int = 32
     target: Target = field(default_factory=Tolerance)
     skip: tuple[str, ...] = ()
+    effort: EffortName = "high"
     seed: int = 0
     inner: str | Callable[..., Any] = "inductor"
     plan: str | Plan | None = None
@@ -67,6 +71,7 @@ class BackendOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name}={value!r}: give a whole number of at least {least}")
+        effort_of(self.effort)
         if not isinstance(self.verbose, bool):
             raise OptionError(f"verbose={self.verbose!r}: give True or False")
         if not (isinstance(self.inner, str) or callable(self.inner)) or self.inner == "lowrank_fx":

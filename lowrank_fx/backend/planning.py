@@ -8,7 +8,7 @@ planned exactly as ``optimize`` plans it, corrections included.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,12 +24,12 @@ from lowrank_fx.cache import EFFECT_BATCHES, Cache, CachedBatch
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import check_outputs, floating_outputs
 from lowrank_fx.corrections import Made, set_buffers
-from lowrank_fx.curves import SiteCurves, error_curves
+from lowrank_fx.curves import SiteCurves
 from lowrank_fx.double_sided import variant
-from lowrank_fx.effects import EFFECT_FLOPS, EXPECTED_FORKS, measure_effects
+from lowrank_fx.effects import EFFECT_FLOPS, EXPECTED_FORKS
+from lowrank_fx.effort import effort_of
 from lowrank_fx.errors import CalibrationError, PlanError
 from lowrank_fx.fingerprint import Source
-from lowrank_fx.gradients import output_gradients
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.measuring import share_of_run, site_times
@@ -39,6 +39,7 @@ from lowrank_fx.program import Program
 from lowrank_fx.session import Session
 from lowrank_fx.settle import Maker
 from lowrank_fx.sites import SiteTable
+from lowrank_fx.study import studied
 from lowrank_fx.targets import Keep, obeys_speed
 
 PLANNER = "budget"
@@ -102,22 +103,25 @@ def make_plan(
     """
     with settled(parameters[0].device):
         program, table, calibration, notes = assembled(recordings, options)
-        gradients = output_gradients(program, table, calibration, progress=options.verbose)
-        curves = error_curves(program, table, calibration, None, options.verbose, gradients)
-        if not curves:
+        effort, given = effort_of(options.effort), isinstance(options.plan, Plan)
+        # A plan from elsewhere may name a variant that a low effort would leave out.
+        effort = replace(effort, twins=effort.twins or given)
+        study = studied(program, table, calibration, effort, measured=not given, progress=options.verbose)
+        if not study.curves:
             reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in table.left_alone)
             raise CalibrationError(f"none of the layers that were called can be factored ({reasons or 'none is left'})")
         if isinstance(options.plan, Plan):
-            maker = Maker(program, table, calibration, curves, options.verbose)
-            return Planned(options.plan, maker.settled(_choice(options.plan, curves), math.inf).made)
+            maker = Maker(program, table, calibration, study.curves, effort.corrections, options.verbose)
+            return Planned(options.plan, maker.settled(_choice(options.plan, study.curves), math.inf).made)
         session = Session(
             model=program.module,
             program=program,
             table=table,
             calibration=calibration,
-            curves=curves,
-            effects=measure_effects(program, curves, calibration, options.verbose),
+            curves=study.curves,
+            effects=study.effects,
             planner=PLANNER,
+            effort=effort,
             notes=notes,
             params=distinct_numbers(parameters),
             progress=options.verbose,
@@ -277,7 +281,7 @@ def _name(recording: Recording, tap: str, regions: int) -> str:
     return f"{recording.number}/{tap}" if regions > 1 else tap
 
 
-def _choice(plan: Plan, curves: dict[str, SiteCurves]) -> dict[str, tuple[str, int]]:
+def _choice(plan: Plan, curves: Mapping[str, SiteCurves]) -> dict[str, tuple[str, int]]:
     """The forms and ranks of a plan that was made elsewhere.
 
     Raises:

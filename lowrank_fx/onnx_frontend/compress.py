@@ -20,11 +20,10 @@ from lowrank_fx.batches import assign_calls, bound_calls
 from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.corrections import Made
-from lowrank_fx.curves import error_curves
-from lowrank_fx.effects import held_out_error, measure_effects
+from lowrank_fx.effects import held_out_error
+from lowrank_fx.effort import Effort, EffortName, effort_of
 from lowrank_fx.errors import CalibrationError, LowRankError, StorageError, TargetError
 from lowrank_fx.forms import check_forms
-from lowrank_fx.gradients import output_gradients
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.payoff import settle
 from lowrank_fx.pipeline import check_names, length_of, opened
@@ -33,6 +32,7 @@ from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.report import Report
 from lowrank_fx.session import Session
 from lowrank_fx.sites import SiteTable
+from lowrank_fx.study import studied
 from lowrank_fx.targets import Keep, Target, Tolerance, check_target, obeys_speed
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def onnx_compress(
     skip: Sequence[str] = (),
     planner: str = "budget",
     forms: Sequence[str] | None = None,
+    effort: EffortName = "high",
     holdout: float = 0.2,
     sketch_memory: int | str = "256MiB",
     seed: int = 0,
@@ -98,6 +99,7 @@ def onnx_compress(
         skip: patterns of layers to leave alone, by the names in the report or of the initializers.
         planner: ``"budget"``, ``"energy"`` or ``"uniform"``.
         forms: names of the forms that may be used (default: all).
+        effort: how much may be measured for the plan, ``"high"`` or ``"low"``; see :mod:`lowrank_fx.effort`.
         holdout: share of the batches that is held out, in (0, 0.5].
         sketch_memory: bytes that all sketches may hold while they stay exact.
         seed: chooses which rows are sampled. The same seed, file and data give the same plan.
@@ -128,6 +130,7 @@ def onnx_compress(
             "slower file, or Keep(flops=...)"
         )
     find_planner(planner)
+    limits = effort_of(effort)
     check_forms(check_names("forms", forms or ()))
     skip = check_names("skip", skip)
     _check_goal(path_out)
@@ -140,6 +143,7 @@ def onnx_compress(
             skip=skip,
             planner=planner,
             forms=forms,
+            effort=limits,
             holdout=holdout,
             memory=memory,
             seed=seed,
@@ -156,6 +160,7 @@ def _session(
     skip: Sequence[str],
     planner: str,
     forms: Sequence[str] | None,
+    effort: Effort,
     holdout: float,
     memory: int,
     seed: int,
@@ -166,19 +171,19 @@ def _session(
     table = program.find_sites(skip)
     calibration = _calibrated(program, table, loader, holdout=holdout, memory=memory, seed=seed, progress=progress)
     missing = program.without_derivative(table.sites)
-    gradients = {} if missing else output_gradients(program, table, calibration, progress)
-    if table.sites and not gradients:
+    study = studied(program, table, calibration, effort, forms=forms, differentiable=not missing, progress=progress)
+    if table.sites and not study.by_gradients:
         cause = f"of {', '.join(missing)} there is no derivative here" if missing else "no gradient could be taken"
         notes = (*notes, f"directions are chosen by activations alone, because {cause}")
-    curves = error_curves(program, table, calibration, forms, progress, gradients)
     return Session(
         model=program.module,
         program=program,
         table=table,
         calibration=calibration,
-        curves=curves,
-        effects=measure_effects(program, curves, calibration, progress),
+        curves=study.curves,
+        effects=study.effects,
         planner=planner,
+        effort=effort,
         notes=(*notes, *calibration.notes, *random_note(program, calibration.select_batches[0])),
         params=program.params(),
         progress=progress,
