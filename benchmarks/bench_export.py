@@ -80,8 +80,7 @@ def main() -> None:
     parser = common.option_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=MODELS.values(), help="these; nothing is written")
     options = parser.parse_args()
-    # It declares the operators of torchvision where those do not load, and sets the threads, as for the tests.
-    import conftest  # noqa: F401
+    import torchvision_operators  # noqa: F401 - timm and transformers ask for them
 
     lines = ["# Export", "", *common.machine(options.date), ""]
     found: dict[str, Findings] = {}

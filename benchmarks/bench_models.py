@@ -77,7 +77,7 @@ def convnext() -> Case:
 
 def llama() -> Case:
     """A Llama of 4 layers of width 512, 64 tokens."""
-    import conftest  # noqa: F401 - the operators that transformers looks for in torchvision
+    import torchvision_operators  # noqa: F401 - timm and transformers ask for them
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -256,8 +256,8 @@ def speeds(sections: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]
 
 
 def _timm(name: str, size: int) -> Case:
-    import conftest  # noqa: F401 - the operators that torchvision lacks
     import timm
+    import torchvision_operators  # noqa: F401 - timm and transformers ask for them
 
     model = timm.create_model(name).eval()
     return Case(model, lambda rows, generator: torch.randn(rows, 3, size, size, generator=generator))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
-from pathlib import Path
 
 import torch
+import torchvision_operators  # noqa: F401 - timm and transformers can be imported
 from hypothesis import settings
 
 from lowrank_fx import latency, timed_operators
@@ -43,31 +42,3 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     torch.set_num_threads(1)
 else:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-
-
-def _stand_in_for_torchvision_operators() -> torch.library.Library | None:
-    """Declare the operators that importing torchvision asks for, where its compiled library does not load.
-
-    timm needs torchvision, and transformers imports it when it is installed; but a torchvision built for CUDA does not
-    load beside a torch built without, and then its import fails for two operators that no test calls.
-
-    Returns:
-        The library that holds the declarations, which last as long as it does; None where torchvision is not
-        installed or brings its own operators.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return None
-    for compiled in sorted(Path(spec.origin).parent.glob("_C.*")):
-        try:
-            torch.ops.load_library(compiled)  # type: ignore[no-untyped-call]
-        except OSError:
-            continue
-        return None
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-    return library
-
-
-_TORCHVISION = _stand_in_for_torchvision_operators()
