@@ -64,14 +64,15 @@ class Maker:
             curves.rest()
         return made
 
-    def corrected(self, choice: Choice, how: str) -> Chosen:
+    def corrected(self, choice: Choice, how: str, factored: Chosen | None = None) -> Chosen:
         """The factors of a choice, corrected in one way.
 
         Args:
             choice: variant and rank by site name.
             how: one of ``CORRECTIONS``, or empty for none.
+            factored: the factors of the choice as they are without, where they are at hand.
         """
-        factored = self.factors(choice)
+        factored = self.factors(choice) if factored is None else factored
         if not how or not factored or not isinstance(self.program, GraphProgram):
             return factored
         with seeded(self.program.device):
@@ -88,12 +89,12 @@ class Maker:
         made = Made(self.factors(choice))
         if not made.factored:
             return Settled(made, error)
-        best = Settled(made, self._error(made))
+        plain = best = Settled(made, self._error(made))
         if not isinstance(self.program, GraphProgram):
             return best  # a module tree runs as a whole, so nothing can be fitted between its layers
         tried: list[tuple[str, float]] = []
         for how in self.corrections:
-            best = self._better(best, Made(self.corrected(choice, how)), how, tried)
+            best = self._better(best, Made(self.corrected(choice, how, plain.made.factored)), how, tried)
         made = with_norms(self.program, self.calibration, best.made)
         if made.buffers:
             best = self._better(best, made, f"{best.how}, norms".removeprefix(", "), tried)
