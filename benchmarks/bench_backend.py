@@ -72,7 +72,8 @@ def calibrating(model: nn.Module, call: Tensor) -> PairedTiming:
 def settled(model: nn.Module, calls: list[Tensor]) -> PairedTiming:
     """The module that ``optimize`` returns against the compiled model with the same factors."""
     torch.compiler.reset()
-    small = lowrank_fx.optimize(model, calls, target=lowrank_fx.Keep(flops=0.5), progress=False)
+    target = lowrank_fx.Keep(flops=0.5)
+    small = lowrank_fx.optimize(model, calls, target=target, effort="low", progress=False)
     with tempfile.TemporaryDirectory() as folder:
         small.save(folder)
         fast = torch.compile(model, backend="lowrank_fx", options={"plan": folder})

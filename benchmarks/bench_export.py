@@ -9,7 +9,6 @@ The page goes to results/export.md.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -29,8 +28,6 @@ from lowrank_fx.compare import relative_error
 from lowrank_fx.export import Exported, export_onnx
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.storage import Artifact
-
-sys.path.append(str(common.HERE.parent / "tests"))
 
 SIZES = (1, 8)
 TOLERANCE = 1e-5
@@ -80,8 +77,6 @@ def main() -> None:
     parser = common.option_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=MODELS.values(), help="these; nothing is written")
     options = parser.parse_args()
-    import torchvision_operators  # noqa: F401 - timm and transformers ask for them
-
     lines = ["# Export", "", *common.machine(options.date), ""]
     found: dict[str, Findings] = {}
     for title, name in MODELS.items():

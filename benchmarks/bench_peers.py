@@ -36,8 +36,6 @@ from lowrank_fx._render import percent
 from lowrank_fx.demo import load_encoder
 from lowrank_fx.effort import EffortName
 
-sys.path.append(str(common.HERE.parent / "tests"))
-
 SENTENCES, BATCH, TOKENS, TEST = 128, 4, 32, 600
 FASTER = 5.0
 """How many times fewer CPU seconds than falor are asked for, at a better result."""
@@ -119,8 +117,6 @@ def in_fresh_process(data: Path, method: str, setting: float) -> dict[str, float
 
 def run(data: Path, method: str, setting: float) -> dict[str, float]:
     """One method in this process."""
-    import torchvision_operators  # noqa: F401 - timm and transformers ask for them
-
     torch.set_num_threads(1)
     encoder, tokenizer = load_encoder()
     model = Encoder(encoder).eval()

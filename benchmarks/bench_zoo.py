@@ -27,8 +27,6 @@ from typing import Any
 
 import common
 
-sys.path.append(str(common.HERE.parent / "tests"))
-
 Row = dict[str, Any]
 
 

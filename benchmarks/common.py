@@ -28,6 +28,9 @@ from lowrank_fx._files import write_atomic
 HERE = Path(__file__).resolve().parent
 DEFAULT_DATA = HERE.parent.parent / "shared" / "data"
 
+sys.path.append(str(HERE.parent / "tests"))  # models that tests and benchmarks share
+import torchvision_operators  # noqa: E402, F401 - timm and transformers ask for them
+
 CALIBRATION_SENTENCES = 1500
 BATCH = 32
 TOKENS = 128
