@@ -2,8 +2,9 @@
 
 On the taps of all-MiniLM-L6-v2 over 1,500 sentences, with sketches of l = 2 k rows for factors of rank k. Both kinds of
 factors are measured on the exact Gram. *Loss*: the error of the factors planned from the sketch over that of the
-factors planned from the exact Gram. *Bound*: what the sketch certifies for its own factors, over their error. And the
-rows per second that each mode takes in. The page goes to results/sketch.md.
+factors planned from the exact Gram. *Bound*: what the sketch certifies for its own factors, over their error. Then the
+time that each mode takes for rows of noise, and memory and throughput at the widths that Frequent Directions are for,
+over rows of a falling spectrum. The page goes to results/sketch.md.
 """
 
 from __future__ import annotations
@@ -28,8 +29,19 @@ RANKS = (32, 64, 96)
 MOST_LOSS, MOST_BOUND = 1.01, 1.5
 """What is asked at most of the median layer, as ratios of errors (not squared)."""
 
+MIB = 1 << 20
+
 SPEEDS = ((384, 192), (1536, 192), (4096, 512))
 ROWS = 8192
+
+WIDE = ((4096, 512, None), (11008, 1024, 0.67))
+"""Widths, sizes of the sketch, and the throughput that is asked for at least, over that of the exact Gram."""
+
+MOST_MEMORY = 0.25
+"""The share of an exact Gram's memory that is asked for at most, the buffer among it."""
+
+WIDE_ROWS, WIDE_BLOCK, WIDE_ROUNDS = 1536, 768, 3
+"""Rows per turn: two or more compressions of a sketch that is full."""
 
 
 def main() -> None:
@@ -41,6 +53,7 @@ def main() -> None:
         return
     lines = ["# Frequent Directions against exact second moments", "", *common.machine(options.date), ""]
     lines += [*common.paragraph(LEGEND), "", *quality(data), "", "## Speed", "", *common.paragraph(SPEED), "", *speed()]
+    lines += ["", "## Wide rows", "", *common.paragraph(WIDE_LEGEND), "", *wide()]
     common.publish(options.out, "sketch.md", lines)
 
 
@@ -51,6 +64,12 @@ LEGEND = (
 )
 
 SPEED = f"Seconds for {ROWS:,} float32 rows of standard normal numbers in blocks of 1,024, in paired turns."
+
+WIDE_LEGEND = (
+    f"Float32 rows whose second moment has eigenvalues that fall as 1 / i, {WIDE_ROWS:,} per turn in blocks of "
+    f"{WIDE_BLOCK}, after the sketch is full; paired turns. *Memory*: all that Frequent Directions hold, over all that "
+    "exact mode holds, each after those rows. *Throughput*: rows per second, over those of exact mode."
+)
 
 
 def quality(data: Path) -> list[str]:
@@ -123,6 +142,51 @@ def speed() -> list[str]:
             )
         )
     return common.table(("d", "l", "exact", "Frequent Directions", "ratio"), rows, left=0)
+
+
+def wide() -> list[str]:
+    """A row per width: memory and throughput against exact mode."""
+    rows = []
+    for width, size, asked in WIDE:
+        generator = torch.Generator().manual_seed(0)
+        spectrum = torch.arange(1, width + 1) ** -0.5
+        blocks = [
+            torch.randn(WIDE_BLOCK, width, generator=generator) * spectrum for _ in range(WIDE_ROWS // WIDE_BLOCK)
+        ]
+        exact, sketch = FrequentDirections(width), FrequentDirections(width, size)
+
+        def feed(into: FrequentDirections, blocks: Sequence[torch.Tensor] = blocks) -> None:
+            for block in blocks:
+                into.update(block)
+
+        while sketch.rows < 2 * size:
+            feed(sketch)
+        timing = paired_speedup(
+            lambda feed=feed, exact=exact: feed(exact),  # type: ignore[misc]
+            lambda feed=feed, sketch=sketch: feed(sketch),  # type: ignore[misc]
+            device="cpu",
+            min_rounds=WIDE_ROUNDS,
+            max_seconds=0.0,
+            warmup=0,
+        )
+        memory = sketch.nbytes / exact.nbytes
+        rows.append(
+            (
+                str(width),
+                str(size),
+                f"{exact.nbytes / MIB:.0f}",
+                f"{sketch.nbytes / MIB:.0f}",
+                f"{memory:.3f}",
+                common.met(memory <= MOST_MEMORY),
+                f"{timing.baseline_seconds:.2f} s",
+                f"{timing.candidate_seconds:.2f} s",
+                f"{timing.speedup:.2f}",
+                "" if asked is None else f"{asked:g}",
+                "" if asked is None else common.met(timing.speedup >= asked),
+            )
+        )
+    header = ("d", "l", "exact, MiB", "FD, MiB", "memory", f"at most {MOST_MEMORY}")
+    return common.table((*header, "exact", "FD", "throughput", "asked", "met"), rows, left=0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lowrank_fx.observer import sketch_sizes
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site, SiteTable
 
-FORMAT = 4
+FORMAT = 5
 NAME = "calibration"
 
 FirstRows: TypeAlias = tuple[int, int, tuple[int, ...]]

@@ -21,7 +21,8 @@ class FrequentDirections:
 
     For the rows x_1..x_n it keeps n, their mean and either the Gram matrix of the rows minus their mean (*exact mode*:
     ``size`` is None or at least ``dim``) or a matrix B of at most ``size`` rows, a buffer and two co-sketches, at most
-    16 l d bytes in all from l = 64 on (*FD mode*; 19 l d where float64 rows came).
+    16 l d bytes in all from l = 64 on (*FD mode*; 18 l d where float64 rows came). Few rows at a time wait in exact
+    mode, at most ``min(max(d, 256), 1024)`` of them, and join as one block; reading never changes when.
     Write A for the n x d matrix of centred rows and H for what :meth:`gram` returns. Then::
 
         -rho I <= A^T A - H <= (delta + rho) I                                                             (1)
@@ -178,7 +179,7 @@ class FrequentDirections:
             centered: for the rows minus their mean; False appends the row sqrt(n) mean.
 
         Returns:
-            [l', d], float64. In FD mode l' <= 7 l / 4 + 3: B, the buffered rows and v as they are, because reading a
+            [l', d], float64. In FD mode l' <= 3 l / 2 + 3: B, the buffered rows and v as they are, because reading a
             sketch never changes it. In exact mode l' <= d + 1, with negative rounding eigenvalues clamped.
         """
         return self._kept.matrix(centered)

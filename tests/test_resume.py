@@ -179,7 +179,7 @@ def test_a_missing_a_foreign_and_an_older_file_are_refused(whole: dict[str, Cali
         Calibration.load(tmp_path)
     whole["exact"].save(tmp_path)
     edit(tmp_path, lambda data: data.update(format=99))
-    with pytest.raises(StorageError, match=r"calibration\.json: format 4 is expected, the file says 99"):
+    with pytest.raises(StorageError, match=r"calibration\.json: format 5 is expected, the file says 99"):
         Calibration.load(tmp_path)
     edit(tmp_path, lambda data: data.update(kind="plan"))
     with pytest.raises(StorageError, match=r"calibration\.json: this is not a calibration of lowrank_fx"):
@@ -464,10 +464,11 @@ def test_merged_shards_are_a_single_run_up_to_rounding(
         for own, wanted in zip(sketch.parts, single.sketches[name].parts, strict=True):
             assert own.rows == wanted.rows
             assert torch.allclose(own.mean, wanted.mean, rtol=0, atol=1e-13)
-            # The same float32 products of blocks, joined in another order in float64; the probes say so too.
+            # Few rows wait for others, so those of a shard meet other rows in a float32 product than in a single run:
+            # measured 8e-8, about its unit roundoff of 6e-8; the probes say so too.
             trace = float(wanted.gram().trace())
-            assert float((own.gram() - wanted.gram()).norm()) < 1e-12 * trace
-            assert own.rho < 2 * wanted.rho + 1e-12 * trace
+            assert float((own.gram() - wanted.gram()).norm()) < min(1e-6 * trace, own.rho + wanted.rho)
+            assert own.rho < 2 * wanted.rho
     assert merged.first_rows == single.first_rows
     assert merged.counted == single.counted
     assert merged.pieces == single.pieces

@@ -445,10 +445,10 @@ def test_state_and_buffer_are_two_l_d_numbers(size: int) -> None:
     sketch = feed(FrequentDirections(d, size), gaussian(0, 2 * size, d).float(), [])
     # In float64: B, the certificate's probes, the mean and an energy per row. In float32: the buffer, the co-sketch.
     probes = min(size // 4, 32)
-    columns = 5 * size // 4 - 2 * probes - 8
-    assert sketch.nbytes == 8 * size * d + 8 * probes * d + 8 * d + 8 * size + 4 * (3 * size // 4 + columns) * d
+    columns = 3 * size // 2 - 2 * probes - 8
+    assert sketch.nbytes == 8 * size * d + 8 * probes * d + 8 * d + 8 * size + 4 * (size // 2 + columns) * d
     assert sketch.nbytes <= 16 * size * d == 8 * d * d / 4
-    assert sketch.matrix().shape[0] <= 7 * size // 4 + 1
+    assert sketch.matrix().shape[0] <= 3 * size // 2 + 1
 
 
 def test_size_of_dim_and_above_is_exact() -> None:
