@@ -202,7 +202,7 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
         orthonormal, mixed = torch.linalg.qr((back / lengths)[:, :largest])
         bases.append(orthonormal)
         mixes.append(mixed)
-        duals.append((metric.transposed(directions) * lengths)[:, :largest])
+        duals.append(metric.transposed(directions[:, :largest]) * lengths[:largest])
     longest = max(len(own) for own in tails)
     energies = torch.stack([F.pad(own, (0, longest - len(own))) for own in tails]).sum(0)
     tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))

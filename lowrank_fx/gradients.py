@@ -27,9 +27,11 @@ from lowrank_fx.batches import Call
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compare import floating_outputs, without_padding
 from lowrank_fx.effort import EFFORTS, Effort
+from lowrank_fx.errors import CalibrationError
 from lowrank_fx.grouped_sketch import Sketch, make_sketch
 from lowrank_fx.program import Outputs, Program
 from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.sketch import FrequentDirections
 
 GRADIENT_FLOPS = 5.0e11
 """Work allowed for gradients; it sets how many calibration batches are used."""
@@ -85,19 +87,26 @@ def output_gradients(
                     rows = output_rows(site, gradient)
                     rows = rows[rows.any(1)]  # padding has none
                     rows = rows[:: -(-rows.shape[0] * len(calls) * probes // GRADIENT_ROWS) or 1]
-                    if not bool(rows.isfinite().all()):  # a half-precision model's may overflow
-                        broken.add(site.name)
-                        continue
                     if site.name not in sketches:
                         size = SKETCH_SIZE if site.out_features // site.groups > widest else None
                         sketches[site.name] = make_sketch(site.out_features, site.groups, size, program.device)
-                    sketches[site.name].update(rows)
+                    try:
+                        sketches[site.name].update(rows)
+                    except CalibrationError:  # not finite: a half-precision model's may overflow
+                        broken.add(site.name)
             bar.advance()
     return {
         name: sketch
         for name, sketch in sketches.items()
-        if name not in broken and all(float(part.gram(centered=False).trace()) > 0 for part in sketch.parts)
+        if name not in broken and all(_has_energy(part) for part in sketch.parts)
     }
+
+
+def _has_energy(sketch: FrequentDirections) -> bool:
+    """Whether what is kept of the rows is anything but zeros."""
+    if not sketch.exact:
+        return float(sketch.matrix(centered=False).square().sum()) > 0
+    return sketch.squared_norm + sketch.rows * float(sketch.mean.square().sum()) > 0
 
 
 def output_rows(site: Site, value: Tensor) -> Tensor:

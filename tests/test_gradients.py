@@ -188,3 +188,25 @@ def test_a_model_that_cannot_be_differentiated_has_none() -> None:
     pieces = [Assigned(index, role, call) for index, (role, call) in enumerate(zip(roles, calls, strict=True))]
     calibration = run_calibration(program, table, pieces, blank(program, table, model, calls[0]), progress=False)
     assert output_gradients(program, table, calibration, progress=False) == {}
+
+
+class Rooted(nn.Module):
+    """The slope of a square root at zero is infinite, and zero times that is not a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = nn.Linear(6, 8)
+        self.kept = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept(x) + torch.sqrt(0 * self.lost(x))
+
+
+def test_a_site_whose_gradients_are_not_finite_is_left_out() -> None:
+    torch.manual_seed(0)
+    model = Rooted().eval()
+    batches = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    calibration = lowrank_fx.calibrate(model, batches, progress=False)
+    program = take(model, calibration.example)
+    sketches = output_gradients(program, program.find_sites(), calibration, progress=False)
+    assert list(sketches) == ["kept"]
