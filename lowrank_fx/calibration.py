@@ -17,7 +17,7 @@ from lowrank_fx.errors import CalibrationError
 from lowrank_fx.fingerprint import Share, Source, base_weights, call_checksum, describe_share, weights_differ
 from lowrank_fx.grouped_sketch import Sketch, load_sketch, make_sketch, merge_sketches
 from lowrank_fx.judges import Measure
-from lowrank_fx.observer import sketch_sizes
+from lowrank_fx.observer import SKETCH_MEMORY, sketch_sizes
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site, SiteTable
 
@@ -326,7 +326,7 @@ def blank(
     example: Call,
     *,
     sketch_size: int | None = None,
-    sketch_memory: int = 256 << 20,
+    sketch_memory: int = SKETCH_MEMORY,
     seed: int = 0,
     holdout: float = 0.2,
     shard: tuple[int, int] = (0, 1),

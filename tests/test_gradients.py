@@ -199,7 +199,8 @@ class Rooted(nn.Module):
         self.kept = nn.Linear(6, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kept(x) + torch.sqrt(0 * self.lost(x))
+        value: Tensor = self.kept(x) + torch.sqrt(0 * self.lost(x))
+        return value
 
 
 def test_a_site_whose_gradients_are_not_finite_is_left_out() -> None:

@@ -22,14 +22,11 @@ from lowrank_fx.cache import EFFECT_BATCHES
 from lowrank_fx.compare import check_outputs
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.grouped_sketch import make_sketch
-from lowrank_fx.observer import Recorder, TapObserver, sketch_sizes
+from lowrank_fx.observer import SKETCH_MEMORY, Recorder, TapObserver, sketch_sizes
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.rewrite import copy_graph_module
 from lowrank_fx.sites import SiteTable, Tap
-
-SKETCH_BYTES = 256 << 20
-"""What the sketches of a region may hold while they stay exact."""
 
 KEPT_BYTES = 128 << 20
 """What the inputs of one role may hold; the first call's always fit."""
@@ -135,7 +132,7 @@ class Recording:
         self.kept: dict[Role, list[tuple[int, RegionCall]]] = {"calibrate": [], "select": [], "report": []}
         self._period = PERIOD if steps >= 2 * PERIOD else max(2, steps // 2)
         self._recorder = Recorder(seed)
-        sizes = sketch_sizes(self.table.taps.values(), None, SKETCH_BYTES)
+        sizes = sketch_sizes(self.table.taps.values(), None, SKETCH_MEMORY)
         self.observers = {
             name: TapObserver(
                 tap,

@@ -78,7 +78,7 @@ def onnx_compress(
     forms: Sequence[str] | None = None,
     effort: EffortName = "high",
     holdout: float = 0.2,
-    sketch_memory: int | str = "256MiB",
+    sketch_memory: int | str = "2GiB",
     seed: int = 0,
     progress: bool = True,
 ) -> OnnxResult:
@@ -134,7 +134,7 @@ def onnx_compress(
     check_forms(check_names("forms", forms or ()))
     skip = check_names("skip", skip)
     _check_goal(path_out)
-    memory = parse_size("sketch_memory", sketch_memory, "256MiB")
+    memory = parse_size("sketch_memory", sketch_memory, "2GiB")
     program = OnnxProgram(read_model(path_in))
     with settled(program.device) as remarks:
         session = _session(
