@@ -19,7 +19,7 @@ test: $(VENV)/.stamp-test  ## run the tests, without those marked slow
 	$(VENV)/bin/python -m pytest -n auto
 
 bench: $(VENV)/.stamp-bench  ## measure accuracy, cost, speed and exports, into benchmarks/results (hours)
-	set -e; for name in accuracy calibration sketch scaling ideas layers models peers export backend; do \
+	set -e; for name in accuracy calibration sketch scaling ideas speed_ideas layers models peers export backend; do \
 	  $(VENV)/bin/python benchmarks/bench_$$name.py; done
 
 zoo: $(VENV)/.stamp-test  ## check every architecture of the zoo, into benchmarks/results

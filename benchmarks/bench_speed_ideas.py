@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lowrank_fx import cost
 from lowrank_fx.compiling import compile_module
+from lowrank_fx.frozen import Frozen
 from lowrank_fx.latency import PairedTiming, paired_speedup
 
 HOW = ("apart", "packed", "joined")
@@ -233,6 +234,22 @@ def freezing(seconds: float) -> Iterator[str]:
     yield from common.table(("layers", "dtype", "batch x tokens", "not frozen", "frozen"), rows, left=2)
 
 
+def joined_when_frozen(seconds: float) -> Iterator[str]:
+    """A row per batch of whole encoders, frozen as ``optimize(frozen=True)`` does it."""
+    rows = []
+    plain, frozen, joined = (
+        compile_module(_seeded(encoder, 6, _pair)),
+        *(Frozen(_seeded(encoder, 6, _pair)) for _ in range(2)),
+    )
+    for batch, tokens in BATCHES:
+        x = _random(batch, tokens, 384)
+        found = _compared(plain, frozen, x, 4 * seconds), _compared(frozen, _joining(joined), x, 4 * seconds)
+        rows.append((f"{batch} x {tokens}", _milliseconds(found[0]), *map(_figure, found)))
+        if frozen.refused or joined.refused:
+            raise AssertionError(frozen.refused or joined.refused)
+    yield from common.table(("batch x tokens", "not frozen", "frozen", "joined, over frozen"), rows)
+
+
 def row_blocking(seconds: float) -> Iterator[str]:
     """A row per size of block; then the pair against the dense layer."""
     count, into, out, rank = LONG
@@ -318,6 +335,16 @@ def _freezing(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return frozen
 
 
+def _joining(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Inductor joins products of one activation where this setting is on when it compiles frozen code."""
+
+    def joined(x: Tensor) -> Tensor:
+        with inductor.patch({"cpp.enable_concat_linear": True}):
+            return run(x)
+
+    return joined
+
+
 def _compared(
     baseline: Callable[..., Tensor], candidate: Callable[..., Tensor], x: Tensor, seconds: float, *, alike: bool = True
 ) -> PairedTiming:
@@ -360,10 +387,15 @@ WHOLE = (
 )
 FREEZING = (
     "A compiled encoder of 2 layers of 384, all linear layers dense or all pairs. *Frozen*: with inductor's `freezing` "
-    "switched on around the first and each later call, as it demands; that is counted. Decision: not built as a "
-    "default, since frozen code holds copies of the weights and would not see `load_state_dict`, training or a change "
-    "in place. At few rows in float32 it gains more than any other idea here: worth an option that promises weights "
-    "that stay."
+    "switched on around each call, any of which may compile; that is counted. Decision: the option `frozen=True`, not "
+    "a default. Frozen code holds copies of the weights and sees no change of them, so the option looks at the weights "
+    "before each call. At few rows in float32 freezing gains more than any other idea here."
+)
+JOINED = (
+    "The encoder of 6 layers of above, every linear layer a pair, frozen as `optimize(frozen=True)` does it: its look "
+    "at the weights is counted. *Joined*: with inductor's `cpp.enable_concat_linear`, which packs the first factors of "
+    "query, key and value into one product when it freezes, over frozen without it. Decision: not used, nothing is "
+    "gained; torch leaves the setting off too."
 )
 BLOCKING = (
     "A pair of 768 to 3072 at rank 192 on 4,096 rows, float32: both products on some rows at a time, over the pair on "
@@ -388,6 +420,7 @@ CUDA = (
 SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
     ("Packing: one product for the first factors that read one activation", PACKING, packing),
     ("Freezing: weights packed ahead by inductor", FREEZING, freezing),
+    ("Packing by inductor, when frozen", JOINED, joined_when_frozen),
     ("Row-blocking: the middle activation kept in cache", BLOCKING, row_blocking),
     ("Channels-last", LAYOUT, channels_last),
 )

@@ -24,6 +24,7 @@ from lowrank_fx.cli_options import (
     Compile,
     Debug,
     EffortChoice,
+    Frozen,
     KeepFlops,
     KeepParams,
     Quiet,
@@ -32,6 +33,7 @@ from lowrank_fx.cli_options import (
     SkipPatterns,
     WithinError,
     Work,
+    check_frozen,
     chosen_target,
 )
 from lowrank_fx.cli_saved import compare, export, report, write_page
@@ -191,6 +193,7 @@ def optimize(
     effort: Work = EffortChoice.high,
     seed: Seed = 0,
     compile: Compile = True,
+    frozen: Frozen = False,
     no_progress: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -203,6 +206,7 @@ def optimize(
     from lowrank_fx import pipeline
     from lowrank_fx.origin import Origin, named_batches, named_model, resolve, write_origin
 
+    check_frozen(frozen, compile=compile)
     target = chosen_target(
         tolerance=tolerance,
         params=keep_params,
@@ -223,6 +227,7 @@ def optimize(
         seed=seed,
         loss_fn="kl" if loss == "kl" else resolve(loss, "--loss") if loss is not None else None,
         compile=compile,
+        frozen=frozen,
         progress=not no_progress,
     )
     made.save(out)

@@ -40,6 +40,10 @@ Compile = Annotated[
     bool,
     typer.Option("--compile/--no-compile", metavar="", help="Compile the models, and measure them compiled."),
 ]
+Frozen = Annotated[
+    bool,
+    typer.Option("--frozen", metavar="", help="Compile the models with their weights as constants, for inference."),
+]
 Model = Annotated[
     str | None,
     typer.Option(metavar="MODULE:FACTORY", help="The original model; by default the one that DIR names."),
@@ -78,6 +82,17 @@ KeepFlops = Annotated[
         rich_help_panel=TARGET,
     ),
 ]
+
+
+def check_frozen(frozen: bool, *, compile: bool) -> bool:
+    """Return whether weights are to be frozen.
+
+    Raises:
+        OptionError: they are, but nothing is compiled.
+    """
+    if frozen and not compile:
+        raise OptionError("--frozen says how the models are compiled; leave out --no-compile, or --frozen")
+    return frozen
 
 
 def chosen_target(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowrank_fx.cli_options import Compile, Debug, Html, Model
+from lowrank_fx.cli_options import Compile, Debug, Frozen, Html, Model, check_frozen
 from lowrank_fx.errors import OptionError
 
 
@@ -38,6 +38,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Write the comparison as one HTML page too.")
     ] = None,
     compile: Compile = True,
+    frozen: Frozen = False,
     debug: Debug = False,
 ) -> None:
     """Compare a saved model with its original: outputs, size and speed.
@@ -49,6 +50,7 @@ def compare(
     from lowrank_fx.origin import ORIGIN_FILE, named_batches
     from lowrank_fx.pipeline import load
 
+    check_frozen(frozen, compile=compile)
     origin, original = _original(folder, model, {"--data MODULE:LOADER": data})
     if data is not None:
         batches = named_batches(data, "--data")
@@ -57,7 +59,8 @@ def compare(
         batches = named_batches(
             origin.data, f"{folder / ORIGIN_FILE}: data", "; run this where DIR was made, or give --data MODULE:LOADER"
         )
-    made = compare_models(original, load(original, folder, compile=compile), batches, compile=compile)
+    optimized = load(original, folder, compile=compile, frozen=frozen)
+    made = compare_models(original, optimized, batches, compile=compile)
     typer.echo(str(made))
     if data is None and origin is not None and not origin.fresh:
         typer.echo("\nThese are the batches it was calibrated on; give --data others for the error on fresh data.")

@@ -26,6 +26,7 @@ from lowrank_fx.capture import device_of, plain_attention, preserved, unwrap
 from lowrank_fx.compare import ErrorSum
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.errors import CalibrationError
+from lowrank_fx.frozen import Frozen
 from lowrank_fx.graph_program import flop_counter
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.report import WIDTH, aligned
@@ -75,6 +76,7 @@ class Comparison:
         timing: paired, on the first batch; None where it was not asked for.
         timed_rows: rows of the first batch.
         compiled: whether both were compiled when they were timed.
+        frozen: whether that was with their weights as constants.
     """
 
     error: float
@@ -87,6 +89,7 @@ class Comparison:
     timing: PairedTiming | None
     timed_rows: int
     compiled: bool
+    frozen: bool = False
 
     def __str__(self) -> str:
         table = self.table
@@ -121,7 +124,7 @@ class Comparison:
         if self.timing is None:
             return "speed was not measured"
         timing = self.timing
-        how = "compiled" if self.compiled else "eager"
+        how = "compiled with frozen weights" if self.frozen else "compiled" if self.compiled else "eager"
         return (
             f"{speed(timing.speedup)} as fast on {count(self.timed_rows)} rows: {seconds(timing.baseline_seconds)} to "
             f"{seconds(timing.candidate_seconds)}, both {how}, interquartile range {timing.spread:.2f} over "
@@ -180,7 +183,7 @@ def compare_models(
         batches: any iterable of batches, read once and bound to ``forward`` as ``optimize`` does it. Rows that neither
             was calibrated on give an honest error.
         forward_args: a function from a batch to the arguments of ``forward``, where those rules do not fit.
-        compile: time both models compiled.
+        compile: time both models compiled; with frozen weights if the optimized one was made so.
         measure_speed: time them at all, on the first batch, in paired turns.
 
     Raises:
@@ -206,7 +209,8 @@ def compare_models(
                     "there is no batch to compare on; pass an iterable of batches that has not been read to its end"
                 )
             flops = _flops(original, first), _flops(optimized, first)
-        timing = _timing(original, optimized, first, compile) if measure_speed else None
+        frozen = compile and bool(getattr(optimized, "frozen", False))
+        timing = _timing(original, optimized, first, compile, frozen) if measure_speed else None
     return Comparison(
         error=overall.relative,
         outputs=tuple(total.difference(name) for name, total in sums.items()),
@@ -218,6 +222,7 @@ def compare_models(
         timing=timing,
         timed_rows=first.batch_size,
         compiled=compile,
+        frozen=frozen,
     )
 
 
@@ -347,10 +352,10 @@ def _flops(model: nn.Module, call: Call) -> int:
     return int(counter.get_total_flops())
 
 
-def _timing(original: nn.Module, optimized: nn.Module, call: Call, compile: bool) -> PairedTiming:
+def _timing(original: nn.Module, optimized: nn.Module, call: Call, compile: bool, frozen: bool) -> PairedTiming:
     device = device_of(optimized)
     baseline, candidate = (
-        (_runner(model, compile), call.map(torch.clone).to(device_of(model))) for model in (original, optimized)
+        (_runner(model, compile, frozen), call.map(torch.clone).to(device_of(model))) for model in (original, optimized)
     )
     stance = contextlib.nullcontext() if compile else torch.compiler.set_stance("force_eager")
     with stance:
@@ -361,9 +366,11 @@ def _timing(original: nn.Module, optimized: nn.Module, call: Call, compile: bool
         )
 
 
-def _runner(model: nn.Module, compile: bool) -> Callable[..., Any]:
+def _runner(model: nn.Module, compile: bool, frozen: bool) -> Callable[..., Any]:
     # A LowRankModule compiles its own graph.
-    return compile_module(model) if compile and not getattr(model, "compiled", False) else model
+    if not compile or getattr(model, "compiled", False):
+        return model
+    return Frozen(model) if frozen else compile_module(model)
 
 
 def _size(amount: int) -> str:

@@ -46,7 +46,10 @@ def share_of_run(run: Callable[[], object], times: SiteTimes, device: torch.devi
 
 
 def share_of_sites(session: Session, times: SiteTimes) -> float:
-    """How much of the user's model's time its sites take while dense, on the first calibration batch: in (0, 1]."""
+    """How much of the user's model's time its sites take while dense, on the first calibration batch: in (0, 1].
+
+    Sites are timed with weights that are not frozen, so the model is too, whatever becomes of the result.
+    """
     call = session.calibration.effect_batches[0].call.map(torch.clone)
     model = unwrap(session.model)
     run = session.compiled_original() if times.compiled else model
@@ -54,14 +57,19 @@ def share_of_sites(session: Session, times: SiteTimes) -> float:
         return share_of_run(lambda: run(*call.args, **call.kwargs), times, session.program.device)
 
 
-def refused_by_compile(session: Session) -> str | None:
-    """Why ``torch.compile`` cannot run a model that was taken as a module tree; its graphs it always can."""
+def refused_by_compile(session: Session, *, frozen: bool = False) -> str | None:
+    """Why ``torch.compile`` cannot run a model that was taken as a module tree; its graphs it always can.
+
+    Args:
+        session: the calibrated model.
+        frozen: whether its weights are going to be frozen.
+    """
     if session.program.way == "export":
         return None
     call = session.calibration.effect_batches[0].call.map(torch.clone)
     try:
         with preserved(session.model), torch.no_grad():
-            session.compiled_original()(*call.args, **call.kwargs)
+            session.compiled_original(frozen=frozen)(*call.args, **call.kwargs)
     except Exception as error:  # whatever the compiler and the model's Python may raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return None

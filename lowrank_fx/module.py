@@ -17,6 +17,7 @@ from lowrank_fx.errors import LowRankError, OptionError
 from lowrank_fx.exporting import Exporting
 from lowrank_fx.fingerprint import base_weights
 from lowrank_fx.folding import FoldedSites, choose_sites, folded_plan
+from lowrank_fx.frozen import Frozen
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.measuring import refused_by_compile, share_of_sites, site_times
 from lowrank_fx.payoff import settle
@@ -46,10 +47,19 @@ class LowRankModule(Exporting, ProgramModule):
         artifact: program, plan and timing.
         session: what replanning needs; None after ``load`` and ``fold``.
         compiled: whether forward goes through ``torch.compile``.
+        frozen: whether it does so with the weights as constants, in calls without gradients.
     """
 
-    def __init__(self, artifact: Artifact, session: Session | None, *, compile: bool, clone: bool = True) -> None:
-        super().__init__(artifact.program, compile=compile)
+    def __init__(
+        self,
+        artifact: Artifact,
+        session: Session | None,
+        *,
+        compile: bool,
+        frozen: bool = False,
+        clone: bool = True,
+    ) -> None:
+        super().__init__(artifact.program, compile=compile, frozen=frozen)
         self.artifact = artifact
         self.session = session
         self._clone = clone
@@ -90,6 +100,7 @@ class LowRankModule(Exporting, ProgramModule):
                 check_target(target),
                 self.artifact,
                 compile=self.compiled,
+                frozen=self.frozen,
                 clone=self._clone,
                 refine=refine,
             )
@@ -117,7 +128,7 @@ class LowRankModule(Exporting, ProgramModule):
         done = tuple(name for name in source.sites if name in folded or name in source.folded)
         speeds = {name: speed for name, speed in source.speeds.items() if name not in done}
         made = Artifact(program, plan, source.sites, source.base, None, done, speeds=speeds)
-        return LowRankModule(made, None, compile=self.compiled)
+        return LowRankModule(made, None, compile=self.compiled, frozen=self.frozen)
 
     def save(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
         """Write ``plan.json`` and the weights into ``folder``; :func:`lowrank_fx.load` reads them back.
@@ -139,7 +150,7 @@ class LowRankModule(Exporting, ProgramModule):
         source = self.artifact
         with settled(source.program.device):
             copied = replace(source, program=source.program.copy())
-        made = LowRankModule(copied, self.session, compile=self.compiled, clone=self._clone)
+        made = LowRankModule(copied, self.session, compile=self.compiled, frozen=self.frozen, clone=self._clone)
         made.train(self.training)
         memo[id(self)] = made
         return made
@@ -165,6 +176,7 @@ def build(
     *,
     compile: bool,
     clone: bool,
+    frozen: bool = False,
     refine: Refine | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> LowRankModule:
@@ -176,6 +188,7 @@ def build(
         base: an earlier artifact of the same session, whose checksums must still hold; None for the first.
         compile: whether the result is compiled, and measured against the compiled original.
         clone: whether the result owns the tensors that are not factored.
+        frozen: whether both are compiled with their weights as constants. Single layers are timed without.
         refine: options of refinement, or None.
         checkpoint: a folder that keeps the state of refinement, or None.
     """
@@ -187,7 +200,7 @@ def build(
             f"{changed[0]!r} of the original model has changed since it was calibrated, so nothing that was measured "
             "holds for it; call optimize again"
         )
-    cause = refused_by_compile(session) if compile else None
+    cause = refused_by_compile(session, frozen=frozen) if compile else None
     compile = compile and cause is None
     by_time = isinstance(target, Keep) and target.latency is not None
     times = site_times(session, compiled=compile) if compile or by_time else None
@@ -195,7 +208,8 @@ def build(
 
     def make(plan: Plan, chosen: Made, program: Program) -> LowRankModule:
         sites = {name: site for name, (site, _) in chosen.factored.items()}
-        return LowRankModule(Artifact(program, plan, sites, checksums), session, compile=compile, clone=clone)
+        made = Artifact(program, plan, sites, checksums)
+        return LowRankModule(made, session, compile=compile, frozen=frozen, clone=clone)
 
     def unrefined(plan: Plan, chosen: Made) -> LowRankModule:
         return make(plan, chosen, chosen.into(session.program, clone=clone))
@@ -229,10 +243,33 @@ def build(
         made = unrefined(plan, chosen)
     if chosen.factored:
         made.artifact.timing = timing if timing is not None else measure(session, made)
+        made.artifact.plan = _freezing_noted(made, session)
     made.artifact.speeds = speeds
     own_sites, module = made.artifact.sites, made.artifact.program.module
     made.artifact.before = Before.of(session.program, own_sites, plan.factored, module)
     return made
+
+
+def _freezing_noted(made: LowRankModule, session: Session) -> Plan:
+    """The plan of a model that was measured, with a note where the original's weights could not be frozen."""
+    original = session.compiled_original(frozen=True) if made.frozen else None
+    if not isinstance(original, Frozen) or original.refused is None:
+        return made.plan
+    note = f"it was measured against the original compiled without frozen weights, because {original.refused}"
+    return replace(made.plan, notes=(*made.plan.notes, note))
+
+
+def check_frozen(frozen: object, *, compile: bool) -> bool:
+    """Return ``frozen`` if it goes with ``compile``.
+
+    Raises:
+        OptionError: it is no boolean, or nothing is compiled.
+    """
+    if not isinstance(frozen, bool):
+        raise OptionError(f"frozen={frozen!r}: give True or False")
+    if frozen and not compile:
+        raise OptionError("frozen=True says how to compile, but compile=False; pass compile=True, or leave frozen out")
+    return frozen
 
 
 def check_refine(refine: object, *, clone: bool) -> Refine | None:
@@ -254,7 +291,7 @@ def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
     """Time a candidate against the user's own model, in paired turns, on the first calibration batch."""
     call = session.calibration.effect_batches[0].call.map(torch.clone)
     model = unwrap(session.model)
-    baseline = session.compiled_original() if candidate.compiled else model
+    baseline = session.compiled_original(frozen=candidate.frozen) if candidate.compiled else model
     run = candidate._run
     program = candidate.artifact.program
     device = program.device

@@ -28,7 +28,7 @@ from lowrank_fx.forms import check_forms
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.judges import Measure
 from lowrank_fx.losses import LossFn, measure_note, measure_of
-from lowrank_fx.module import LowRankModule, build, check_refine
+from lowrank_fx.module import LowRankModule, build, check_frozen, check_refine
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.program import Program
 from lowrank_fx.refine_options import Refine
@@ -54,10 +54,11 @@ def optimize(
     forward_args: Callable[[Any], Any] | None = None,
     holdout: float = 0.2,
     compile: bool = True,
+    frozen: bool = False,
     copy: bool = True,
     capture: Capture = "auto",
     sketch_size: int | None = None,
-    sketch_memory: int | str = "256MiB",
+    sketch_memory: int | str = "2GiB",
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     refine: Refine | None = None,
@@ -87,12 +88,17 @@ def optimize(
         forward_args: a function from a batch to the arguments of ``forward``, where the rules above do not fit.
         holdout: share of the batches that is held out, in (0, 0.5].
         compile: run the result through ``torch.compile`` (inductor), and measure it against the compiled original.
+        frozen: compile both with their weights as constants, which inductor lays out for speed. For inference: calls
+            with gradients enabled run the ordinary compiled model. Changed weights are seen by the next call, which
+            compiles anew; only writes through ``param.data`` in place cannot be seen (see :mod:`lowrank_fx.frozen`).
+            The laid-out weights are held beside the model's own. Single layers are timed without.
         copy: the result owns all of its tensors; False shares those that are not factored with ``model``.
         capture: ``"export"`` takes the model as a graph, by ``torch.export``; ``"modules"`` as its tree of modules,
             whose own Python keeps running; ``"auto"`` as a graph, and as a tree where that is refused or would fix the
             batch size.
         sketch_size: force Frequent Directions sketches of this many rows on every tap.
-        sketch_memory: bytes that all sketches may hold while they stay exact, such as ``"256MiB"``.
+        sketch_memory: bytes that all sketches may hold while they stay exact, such as ``"256MiB"``; exact sums are
+            several times as fast as Frequent Directions.
         seed: chooses which rows are sampled. The same seed, model and data give the same plan, byte for byte, for
             targets that obey no clock.
         checkpoint: a folder that keeps the state of calibration, see :func:`calibrate`, and of refinement.
@@ -116,6 +122,7 @@ def optimize(
     """
     check_target(target)
     check_refine(refine, clone=copy)
+    check_frozen(frozen, compile=compile)
     find_planner(planner)
     limits = effort_of(effort)
     measure = measure_of(loss_fn)
@@ -167,7 +174,16 @@ def optimize(
             params=sum(parameter.numel() for parameter in inner.parameters()),
             progress=progress,
         )
-        return build(session, target, None, compile=compile, clone=copy, refine=refine, checkpoint=checkpoint)
+        return build(
+            session,
+            target,
+            None,
+            compile=compile,
+            clone=copy,
+            frozen=frozen,
+            refine=refine,
+            checkpoint=checkpoint,
+        )
 
 
 def calibrate(
@@ -179,7 +195,7 @@ def calibrate(
     capture: Capture = "auto",
     skip: Sequence[str] = (),
     sketch_size: int | None = None,
-    sketch_memory: int | str = "256MiB",
+    sketch_memory: int | str = "2GiB",
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     shard: tuple[int, int] | None = None,
@@ -200,7 +216,7 @@ def calibrate(
         capture: ``"auto"``, ``"export"`` or ``"modules"``; see :func:`optimize`.
         skip: patterns of layers to leave alone. Planning may leave out more, but not fewer.
         sketch_size: force Frequent Directions sketches of this many rows on every tap.
-        sketch_memory: bytes that all sketches may hold while they stay exact.
+        sketch_memory: bytes that all sketches may hold while they stay exact; see :func:`optimize`.
         seed: chooses which rows are sampled.
         checkpoint: a folder where the state is kept while the batches run: after the first, after the last, and about
             every 30 seconds in between. The same call goes on from there after an interruption, bit by bit as if there
@@ -259,7 +275,7 @@ def _calibrate(
     progress: bool,
 ) -> _Calibrated:
     """Capture a model with the loader's first batch, and calibrate it with all of them."""
-    memory = parse_size("sketch_memory", sketch_memory, "256MiB")
+    memory = parse_size("sketch_memory", sketch_memory, "2GiB")
     patterns = check_names("skip", skip)
     part = _check_shard(shard)
     signature = inspect.signature(model.forward)
@@ -345,6 +361,7 @@ def load(
     *,
     example: Any = None,
     compile: bool = True,
+    frozen: bool = False,
     strict: bool = True,
 ) -> LowRankModule:
     """Read back what :meth:`LowRankModule.save` wrote.
@@ -354,17 +371,21 @@ def load(
         folder: the directory.
         example: a batch, needed only if the model's inputs could not be described in JSON.
         compile: run the result through ``torch.compile``.
+        frozen: compile it with its weights as constants; see :func:`optimize`.
         strict: False takes a model whose weights are other ones of the same shapes, such as one that was trained on
             since: the stored factors follow its weights as far as that can be done without data, and what is not
             factored is its own. A note in the plan says so.
 
     Raises:
+        OptionError: ``frozen`` without ``compile``.
         StorageError: the folder is missing, damaged, or does not fit the model; the message names the layer.
     """
+    check_frozen(frozen, compile=compile)
     inner = unwrap(model)
     call = None if example is None else bind_batch(example, inspect.signature(inner.forward))
     with settled(device_of(inner)):
-        return LowRankModule(storage.load(inner, folder, call, strict=strict), None, compile=compile)
+        made = storage.load(inner, folder, call, strict=strict)
+        return LowRankModule(made, None, compile=compile, frozen=frozen)
 
 
 def opened(calls: Iterator[tuple[int, Call]]) -> tuple[tuple[int, Call], Iterator[tuple[int, Call]]]:

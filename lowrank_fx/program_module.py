@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank_fx.capture import device_of
 from lowrank_fx.compiling import compile_module
+from lowrank_fx.frozen import Frozen
 from lowrank_fx.program import Program
 
 
@@ -22,14 +23,16 @@ class ProgramModule(nn.Module):
     Args:
         program: what runs.
         compile: whether it goes through ``torch.compile``.
+        frozen: whether it does so with its weights as constants; see :mod:`lowrank_fx.frozen`.
 
     Attributes:
         compiled: whether it goes through ``torch.compile``.
+        frozen: whether it does so with its weights as constants.
     """
 
-    def __init__(self, program: Program, *, compile: bool = False) -> None:
+    def __init__(self, program: Program, *, compile: bool = False, frozen: bool = False) -> None:
         super().__init__()
-        self.compiled = compile
+        self.compiled, self.frozen = compile, compile and frozen
         self._program = program
         self._parameters = program.module._parameters
         self._buffers = program.module._buffers
@@ -41,7 +44,9 @@ class ProgramModule(nn.Module):
     def _prepare(self) -> None:
         # A plain function: kept as an attribute, the program's module would register as a child.
         module = self._program.module
-        self._run: Callable[..., Any] = compile_module(module) if self.compiled else module.__call__
+        self._run: Callable[..., Any] = module.__call__
+        if self.compiled:
+            self._run = Frozen(module) if self.frozen else compile_module(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; any call that ``forward`` of the original binds to the captured inputs.

@@ -25,6 +25,7 @@ from lowrank_fx.double_sided import split_variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_joint
 from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.errors import TargetError
+from lowrank_fx.frozen import Frozen
 from lowrank_fx.offers import Offers
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan
 from lowrank_fx.planners import planner
@@ -84,7 +85,7 @@ class Session:
     progress: bool = False
     regauge: bool = False
     times: SiteTimes | None = None
-    _compiled: Callable[..., Any] | None = field(default=None, repr=False)
+    _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def problem(self) -> Problem:
@@ -222,11 +223,16 @@ class Session:
             plan = replace(plan, notes=(*plan.notes, word))
         return Planned(replace(plan, metric=MetricSearch(found.before, found.after, points)), made, outcome)
 
-    def compiled_original(self) -> Callable[..., Any]:
-        """The user's model through ``torch.compile``, compiled once for all plans of this session."""
-        if self._compiled is None:
-            self._compiled = compile_module(self.model)
-        return self._compiled
+    def compiled_original(self, *, frozen: bool = False) -> Callable[..., Any]:
+        """The user's model through ``torch.compile``, compiled once for all plans of this session.
+
+        Args:
+            frozen: with its weights as constants; see :mod:`lowrank_fx.frozen`.
+        """
+        if frozen not in self._compiled:
+            model = self.model
+            self._compiled[frozen] = Frozen(model, warns=False) if frozen else compile_module(model)
+        return self._compiled[frozen]
 
     def without(self, planned: Planned, reasons: Mapping[str, str]) -> Planned:
         """A plan with some of its sites dense, the factors of the others settled anew, and all of it measured anew.

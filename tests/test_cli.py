@@ -164,6 +164,7 @@ def test_a_wrong_command_line_is_one_line(
             "the metric ZOO.broken returned 'good' for the original; it must return a finite number",
         ),
         ("ZOO:model", "ZOO:batches", "--tolerance 0", "Tolerance(0.0): the error must be a finite number above 0"),
+        ("ZOO:model", "ZOO:batches", "--frozen --no-compile", "--frozen says how the models are compiled; leave out"),
         ("ZOO:model", "ZOO:batches", "--skip nothing --no-compile", "skip='nothing' matches no weight of this model"),
     ],
 )
@@ -415,6 +416,14 @@ def test_compare_needs_nothing_but_the_folder(saved: str, capsys: pytest.Capture
     assert "These are the batches it was calibrated on; give --data others" in said
     assert said.endswith("\npage.html shows this as a page.")
     assert "Original against optimized" in Path("page.html").read_text("utf-8")
+
+
+def test_frozen_reaches_both_models(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "out", "--frozen"]) == 0
+    assert "both compiled with frozen weights" in " ".join(capsys.readouterr().out.split())
+    code, said = fails(capsys, "compare", "out", "--frozen", "--no-compile")
+    assert code == 2
+    assert said.startswith("--frozen says how the models are compiled; leave out --no-compile")
 
 
 def test_compare_takes_another_model_and_fresh_batches(saved: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ HOUSE = (
         "walk",
         "program",
         "compiling",
+        "frozen",
         "program_module",
         "refine_loss",
         "judges",
