@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -16,6 +15,7 @@ from torch import nn
 from lowrank_fx import storage
 from lowrank_fx._ambient import settled
 from lowrank_fx._sizes import parse_size
+from lowrank_fx.arguments import check_names, check_shard, length_of, opened
 from lowrank_fx.batch_runs import random_note, rehearse
 from lowrank_fx.batches import Call, assign_calls, bind_batch, bound_calls
 from lowrank_fx.calibration import Calibration, blank
@@ -23,7 +23,7 @@ from lowrank_fx.calibration_run import Checkpoint, run_calibration
 from lowrank_fx.capture import capture as capture_graph
 from lowrank_fx.capture import device_of, unwrap
 from lowrank_fx.effort import EffortName, effort_of
-from lowrank_fx.errors import CalibrationError, CaptureError, OptionError
+from lowrank_fx.errors import CaptureError, OptionError
 from lowrank_fx.forms import check_forms
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.judges import Measure
@@ -277,7 +277,7 @@ def _calibrate(
     """Capture a model with the loader's first batch, and calibrate it with all of them."""
     memory = parse_size("sketch_memory", sketch_memory, "2GiB")
     patterns = check_names("skip", skip)
-    part = _check_shard(shard)
+    part = check_shard(shard)
     signature = inspect.signature(model.forward)
 
     keeps_batches = measure is not None and measure.needs_batch
@@ -386,48 +386,3 @@ def load(
     with settled(device_of(inner)):
         made = storage.load(inner, folder, call, strict=strict)
         return LowRankModule(made, None, compile=compile, frozen=frozen)
-
-
-def opened(calls: Iterator[tuple[int, Call]]) -> tuple[tuple[int, Call], Iterator[tuple[int, Call]]]:
-    """The first of a loader's calls, and all of them.
-
-    Raises:
-        CalibrationError: there is none.
-    """
-    first = next(calls, None)
-    if first is None:
-        raise CalibrationError(
-            "the loader gave no batch; pass an iterable of batches that has not been read to its end"
-        )
-    return first, itertools.chain([first], calls)
-
-
-def check_names(option: str, names: Sequence[str]) -> tuple[str, ...]:
-    """``names`` as a tuple.
-
-    Raises:
-        OptionError: it is one string, or holds something else than strings.
-    """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
-    return tuple(names)
-
-
-def _check_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
-    if shard is None:
-        return 0, 1
-    try:
-        index, count = shard
-        if type(index) is int and type(count) is int and 0 <= index < count:
-            return index, count
-    except (TypeError, ValueError):
-        pass
-    raise OptionError(f"shard={shard!r}: give (i, n) with 0 <= i < n, such as (0, 4) for the first of four")
-
-
-def length_of(loader: Iterable[Any]) -> int | None:
-    """How many batches a loader says it has; None if it does not say."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None

@@ -61,7 +61,7 @@ HOUSE = (
     *("storage", "_render", "report"),
     *("export_inputs", "export_program", "export_parity", "export_to_onnx", "export_to_torch", "export"),
     "exporting",
-    *("module", "pipeline", "testing"),
+    *("module", "arguments", "pipeline", "testing"),
     *("backend.options", "backend.attention", "backend.lowering", "backend.watch", "backend.roots", "backend.regions"),
     *("backend.recording", "backend.planning", "backend.saved", "backend.members", "backend.family"),
     *("backend.region", "backend"),

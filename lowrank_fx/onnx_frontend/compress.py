@@ -15,6 +15,7 @@ import torch
 from lowrank_fx._ambient import settled
 from lowrank_fx._files import write_atomic
 from lowrank_fx._sizes import parse_size
+from lowrank_fx.arguments import check_names, length_of, opened
 from lowrank_fx.batch_runs import random_note
 from lowrank_fx.batches import assign_calls, bound_calls
 from lowrank_fx.calibration import Calibration, blank
@@ -26,7 +27,6 @@ from lowrank_fx.errors import CalibrationError, LowRankError, StorageError, Targ
 from lowrank_fx.forms import check_forms
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.payoff import settle
-from lowrank_fx.pipeline import check_names, length_of, opened
 from lowrank_fx.plan import Plan
 from lowrank_fx.planners import planner as find_planner
 from lowrank_fx.report import Report
