@@ -43,7 +43,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "low": Effort(
-        samples=128,
+        samples=64,
         probes=1,
         twins=False,
         batches=1,

@@ -29,8 +29,8 @@ _HASH = "[0-9a-f]" * 16
 WEIGHTS_PATTERNS = (f"model-{_HASH}.safetensors", f"model-{_HASH}-?????-of-?????.safetensors")
 """Names of our own weight files; a sharded checkpoint's ``model-00001-of-00002.safetensors`` is the user's."""
 
-TEMPORARY_PATTERNS = (".model-*.tmp", ".plan.json.*.tmp")
-"""Names of what a save that was killed may leave behind."""
+TEMPORARY_PATTERNS = (".model-*.tmp", ".plan.json.*.tmp", ".tmp??????")
+"""Names of what a save that was killed may leave behind; safetensors gives a file that it is writing the last one."""
 
 NAME = re.compile(r"model-[0-9a-f]{16}(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
 """What a file may be called that is read."""
