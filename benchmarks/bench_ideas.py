@@ -1,7 +1,7 @@
 """Ideas that were measured to decide on their place in the product.
 
 *A shared first factor*: sites that read one activation (q, k and v; gate and up) are factored as one stacked matrix,
-r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). It did not get a place. *Re-gauge*
+r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). It has no place yet. *Re-gauge*
 (``gauge.py``): how fast a pair is without the r^2 numbers that change nothing; accuracy.md has what they buy. The page
 goes to results/ideas.md.
 """
@@ -58,7 +58,9 @@ def main() -> None:
 SHARED = (
     "Only the linear sites whose tap feeds several are factored, each way with the same numbers, in the metric of "
     "their output gradients. *Error*: relative L2 error of the outputs on held-out batches. *By error*: the directions "
-    "that cost least per number; *divided* also chooses, per tap, by the same error, which sites share a factor."
+    "that cost least per number; *divided* also chooses, per tap, by the same error, which sites share a factor. "
+    "It is not in the product yet: on the encoder it takes 6 to 14 % off the error of these layers, on the Llama "
+    "-3 to 5 %."
 )
 
 GAUGE = (
