@@ -20,7 +20,6 @@ import typer
 
 from lowrank_fx.cli_onnx import onnx_compress
 from lowrank_fx.cli_options import (
-    TARGET,
     Compile,
     Debug,
     EffortChoice,
@@ -35,6 +34,7 @@ from lowrank_fx.cli_options import (
     Work,
     check_frozen,
     chosen_target,
+    target_option,
 )
 from lowrank_fx.cli_saved import compare, export, report, write_page
 from lowrank_fx.errors import LowRankError, OptionError
@@ -139,44 +139,39 @@ def optimize(
     keep_flops: KeepFlops = None,
     keep_latency: Annotated[
         float | None,
-        typer.Option(
+        target_option(
             metavar="SHARE",
             help="Most accurate plan that keeps this share of the time, by the clock of this machine, such as 0.7.",
-            rich_help_panel=TARGET,
         ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(
+        target_option(
             metavar="MODULE:FUNCTION",
             help="Cheapest plan whose metric drops by at most --max-drop: a function from the model to a number, the "
             "higher the better.",
-            rich_help_panel=TARGET,
         ),
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(
+        target_option(
             metavar="DROP",
             help="How much lower the metric may be than the original's, in its own unit, such as 0.01.",
-            rich_help_panel=TARGET,
         ),
     ] = None,
     of: Annotated[
         Scope | None,
-        typer.Option(
+        target_option(
             help="What a share counts: the whole model (the default), or the layers that can be factored alone.",
-            rich_help_panel=TARGET,
             show_default=False,
         ),
     ] = None,
     regauge: Annotated[
         bool,
-        typer.Option(
+        target_option(
             "--regauge",
             metavar="",
             help="With --keep-params: leave out the numbers of each pair that change nothing, which buys higher ranks.",
-            rich_help_panel=TARGET,
         ),
     ] = False,
     loss: Annotated[

@@ -5,6 +5,7 @@ Nothing of torch is imported before a command runs.
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +17,8 @@ from lowrank_fx.errors import OptionError
 if TYPE_CHECKING:
     from lowrank_fx.targets import Target
 
-TARGET = "Target (at most one)"
-"""The panel of ``--help`` that targets stand in."""
+target_option = functools.partial(typer.Option, rich_help_panel="Target (at most one)")
+"""An option in the panel of ``--help`` that targets stand in."""
 
 
 class EffortChoice(StrEnum):
@@ -60,26 +61,23 @@ Work = Annotated[
 Seed = Annotated[int, typer.Option(help="Chooses which rows are sampled. Same seed, same plan.")]
 WithinError = Annotated[
     float | None,
-    typer.Option(
+    target_option(
         metavar="ERROR",
         help="Cheapest plan within this relative error of the output. This is the default, at 0.1.",
-        rich_help_panel=TARGET,
     ),
 ]
 KeepParams = Annotated[
     float | None,
-    typer.Option(
+    target_option(
         metavar="SHARE",
         help="Most accurate plan that keeps this share of the parameters, such as 0.5.",
-        rich_help_panel=TARGET,
     ),
 ]
 KeepFlops = Annotated[
     float | None,
-    typer.Option(
+    target_option(
         metavar="SHARE",
         help="Most accurate plan that keeps this share of the FLOPs, such as 0.6.",
-        rich_help_panel=TARGET,
     ),
 ]
 
