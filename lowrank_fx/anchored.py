@@ -32,6 +32,10 @@ Not the one that does best there: the rank shrinks the fit once more. ResNet-20 
 """
 
 
+GATHERED = 1024
+"""So many rows of small batches are summed at once."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """First and second moments of pairs of rows, the inputs and the wanted outputs of a layer.
@@ -100,8 +104,8 @@ class Moments:
 class PairSum:
     """Collects :class:`Moments` from blocks of paired rows; the inputs' own are those of an exact sketch.
 
-    Products are taken in the rows' own dtype about the means of the first block, so that a large mean costs no digits,
-    and summed in float64.
+    Products are taken in the rows' own dtype about the means of the first rows, so that a large mean costs no digits,
+    and summed in float64. Few rows wait until there are ``GATHERED`` of them, because every sum passes over a matrix.
 
     Args:
         sketch: an exact sketch of the inputs, which may be shared by layers that have the same input.
@@ -110,17 +114,29 @@ class PairSum:
     def __init__(self, sketch: Sketch) -> None:
         self.sketch = sketch
         self._rows = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Take in pairs of rows; the sketch is given the inputs by its owner.
+
+        They may be views of what somebody holds, who must not write to it before :meth:`moments`.
 
         Args:
             inputs: floating ``[n, groups * d]``.
             outputs: ``[n, m]``, of the same dtype.
         """
-        groups = len(self.sketch.parts)
-        if not len(inputs):
+        if len(inputs):
+            self._waiting.append((inputs, outputs))
+        if sum(len(rows) for rows, _ in self._waiting) >= GATHERED:
+            self._join()
+
+    def _join(self) -> None:
+        """Sum the rows that wait."""
+        if not self._waiting:
             return
+        inputs, outputs = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        groups = len(self.sketch.parts)
         if not self._rows:
             self._about = inputs.mean(0), outputs.mean(0)
             width = inputs.shape[1] // groups
@@ -135,6 +151,7 @@ class PairSum:
 
     def moments(self) -> Moments | None:
         """The moments so far; None if there were no rows."""
+        self._join()
         if not self._rows:
             return None
         mean, out = self.sketch.mean, self._total / self._rows

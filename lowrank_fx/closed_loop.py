@@ -54,9 +54,6 @@ ROWS = 4
 ResNet-20 at half its parameters, held-out error by this factor: 1 gives .333, 4 gives .325.
 """
 
-GATHERED = 1024
-"""So many rows of small batches are summed at once."""
-
 aten = torch.ops.aten
 
 Remake: TypeAlias = Callable[[Site, Tensor, Sketch], Factors]
@@ -149,31 +146,6 @@ class _Inputs:
     observer: TapObserver
 
 
-class _Half:
-    """A half of the evidence: rows of small batches are gathered, so that products have many rows at once."""
-
-    def __init__(self, pairs: PairSum, sketch: Sketch | None) -> None:
-        self.pairs = pairs
-        self.sketch = sketch
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, rows: Tensor, wanted: Tensor) -> None:
-        """Take in rows of one batch; nothing may write to them before :meth:`done`."""
-        self.waiting.append((rows, wanted))
-        if sum(len(rows) for rows, _ in self.waiting) >= GATHERED:
-            self.done()
-
-    def done(self) -> PairSum:
-        """The sums of all rows."""
-        if self.waiting:
-            rows, wanted = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-            self.waiting.clear()
-            if self.sketch is not None:
-                self.sketch.update(rows)
-            self.pairs.add(rows, wanted)
-        return self.pairs
-
-
 class _Loop:
     """Both models' runs of all batches, somewhere between the first and the last factored site."""
 
@@ -200,7 +172,7 @@ class _Loop:
         before = self.inputs
         known = before is not None and before.tap == tap  # the layer before had the same input
         inputs = before if before is not None and known else self._inputs(tap, weight.device)
-        halves = tuple(_Half(PairSum(sketch), None if known else sketch) for sketch in inputs.sketches)
+        halves = tuple(PairSum(sketch) for sketch in inputs.sketches)
         for index, (call, original, changed) in enumerate(zip(self.calls, self.originals, self.changed, strict=True)):
             for run in (original, changed):
                 _advance(run, self.walk.position[node.name])
@@ -210,9 +182,11 @@ class _Loop:
             if fixed is not None and not site.centered:
                 wanted = wanted - fixed  # a bias that others share stays as it is, so it takes no part
             for half, own in _halves(index, len(self.calls), len(rows)):
+                if not known:
+                    inputs.sketches[half].update(rows[own])
                 halves[half].add(rows[own], wanted[own])
         self.inputs = inputs
-        factors = _solved(site, weight, fixed, [half.done() for half in halves], remake)
+        factors = _solved(site, weight, fixed, halves, remake)
         if factors is not None:
             for run in self.changed:
                 run.exchange(substitutes(self.gm, site, factors))

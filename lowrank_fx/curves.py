@@ -138,8 +138,7 @@ def error_curves(
                 for form in forms_for(site, forms):
                     if not form.ranks(site):
                         continue
-                    oblique = own is not None and isinstance(form, OutputForm)
-                    if twins or not oblique:
+                    if twins or own is None or not isinstance(form, OutputForm):
                         curves[form.name] = form.curve(site, weight, sketch)
                     if own is not None and isinstance(form, OutputForm):
                         curves[variant(form.name, GRADIENT)] = double_sided(form, site, weight, sketch, own)
