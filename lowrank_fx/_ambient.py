@@ -51,6 +51,9 @@ def settled(device: torch.device) -> Iterator[tuple[str, ...]]:
         for kind in kinds
         if torch.is_autocast_enabled(kind)
     )
+    if not (notes or torch.is_inference_mode_enabled() or torch.is_grad_enabled()):
+        yield notes  # there is nothing to switch off, and calls of a few milliseconds come by here
+        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

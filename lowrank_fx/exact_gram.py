@@ -276,23 +276,25 @@ class ExactGram:
         origin = origin.to(torch.float64)
         # A column of ones among the probes sums the rows: what the approximate mean has left over.
         probes = torch.cat([self._probes, torch.zeros_like(self._probes[:, :1])], 1)
-        probed = torch.zeros_like(probes)
-        energy = torch.zeros_like(probed[0, 0])
+        # Transposed: the product then runs along the memory of the rows, which is twice as fast.
+        sums = torch.zeros_like(probes.T, memory_format=torch.contiguous_format)
+        energy = torch.zeros_like(sums[0, 0])
         chunk_rows = max(1, _CHUNK_ELEMENTS // self.dim) if self.device.type == "cpu" else count
+        memory = origin.new_empty(min(chunk_rows, count), self.dim)
         for chunk in torch.split(rows, chunk_rows):
-            exact = torch.add(-origin, chunk.to(torch.float64), alpha=scale)
+            exact = torch.add(-origin, chunk, alpha=scale, out=memory[: chunk.shape[0]])
             image = exact @ probes
             image[:, _PROBES] = 1.0
-            probed.addmm_(exact.T, image)
+            sums.addmm_(image.T, exact)
             energy += torch.dot(exact.flatten(), exact.flatten())
-        remainder = probed[:, _PROBES] / count
+        probed, remainder = sums[:_PROBES].T, sums[_PROBES] / count
         # The block's own Gram is about `origin`; its mean is `remainder` further.
         off = remainder * (math.sqrt(count) / scale)
         about_origin = float(energy) / scale / scale
         centered = max(0.0, about_origin - float(off @ off))
         block = block_moments(count, (origin + remainder) / scale, centered, math.sqrt(about_origin / count))
         total, shift, rounding = join(self.total, block)
-        whole = torch.add(self._probed, probed[:, :_PROBES], alpha=scale**-2)
+        whole = torch.add(self._probed, probed, alpha=scale**-2)
         whole.addr_(shift, shift @ self._probes).addr_(off, off @ self._probes, alpha=-1)
         slip = math.sqrt(count) * block.mean_error
         steps = (self.dim + count + 16) * (2 * about_origin + float(shift @ shift)) + 2 * total.energy

@@ -78,8 +78,8 @@ def reading_rho(rounding: float, total: Moments, centered: bool) -> float:
 
 
 def panels(side: int) -> Iterator[tuple[int, int]]:
-    """Where each panel starts and stops; below 128 columns a product is no longer efficient."""
-    width = max(128, -(-side // _PANELS))
+    """Where each panel starts and stops; products are efficient from 128 columns on, and in multiples of that."""
+    width = 128 * -(-side // (128 * _PANELS))
     return ((start, min(start + width, side)) for start in range(0, side, width))
 
 

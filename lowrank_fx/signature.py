@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from torch.utils import _pytree as pytree
 
 from lowrank_fx.batches import Call
 from lowrank_fx.errors import CallError
+
+_Shapes: TypeAlias = tuple[int, tuple[str, ...], tuple[object, ...]]
+
+_MOST_SHAPES = 256
+"""How many calls of different shapes are remembered to fit: looking takes a tenth of the time of checking."""
 
 
 @dataclass
@@ -34,6 +39,7 @@ class CallSignature:
     def __post_init__(self) -> None:
         self._given = self._by_name(self.example.args, self.example.kwargs)
         self._leaves, self._spec = pytree.tree_flatten((self.example.args, self.example.kwargs))
+        self._fits: set[_Shapes] = set()
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call in the captured form: positional arguments positional, keywords in order, defaults dropped.
@@ -41,6 +47,16 @@ class CallSignature:
         Raises:
             CallError: an argument is missing, was not there at capture, or has another structure, constant or shape.
         """
+        shapes = None if torch.compiler.is_compiling() else _shapes_of(args, kwargs)
+        if shapes in self._fits:
+            return args, kwargs
+        bound = self._bound(args, kwargs)
+        if shapes is not None and bound[1] is kwargs and len(self._fits) < _MOST_SHAPES:
+            self._fits.add(shapes)
+        return bound
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same for a call of shapes that no call had before."""
         if len(args) != len(self.example.args) or list(kwargs) != list(self.example.kwargs):
             args, kwargs = self._rearrange(args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -116,6 +132,19 @@ class CallSignature:
             else:
                 given[name] = value
         return given
+
+
+def _shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Shapes | None:
+    """All that decides whether a call fits, where its arguments are plain tensors and constants; else None."""
+    parts: list[object] = []
+    for value in (*args, *kwargs.values()):
+        if type(value) is Tensor:
+            parts.append((value.shape, value.dtype))
+        elif value is None or type(value) in (bool, int, float, str):
+            parts.append((type(value), value))
+        else:
+            return None
+    return len(args), tuple(kwargs), tuple(parts)
 
 
 def _kind_of(dtype: torch.dtype) -> tuple[bool, bool, bool]:

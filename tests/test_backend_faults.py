@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,32 @@ def test_a_part_of_a_watch_compares_with_what_was_when_the_whole_began() -> None
     assert whole.part(["weight", "other"], [weight, other]).changed(every=True) == "other"
     later.add_(1)
     assert whole.part(["later"], [later]).changed() == "later"
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda tensor: tensor,
+        lambda tensor: tensor.transpose(0, 1),
+        lambda tensor: tensor.to(memory_format=torch.channels_last),
+        lambda tensor: tensor[:, 1:3],
+        lambda tensor: tensor[:1, :1, :1, :1],
+        lambda tensor: tensor[0, 0, 0, 0],
+        lambda tensor: tensor[:0],
+    ],
+)
+def test_a_write_that_is_not_counted_is_seen_in_any_layout(lay_out: Callable[[Tensor], Tensor]) -> None:
+    whole = torch.randn(4, 5, 6, 3)
+    weight = lay_out(whole)
+    own = Watch({"weight": weight})
+    whole.data[-1, -1, -1, -1] = 0  # no place of a slice, and no probed place of any
+    assert own.changed() is None
+    weight.data.mul_(2)
+    assert own.changed() == ("weight" if weight.numel() else None)
+    weight.data.div_(2)
+    assert own.changed() is None
+    weight.data.fill_(math.nan)
+    assert Watch({"weight": weight}).changed() is None
 
 
 @torch.no_grad()

@@ -109,3 +109,22 @@ def test_a_broken_guard_is_told_with_the_shapes() -> None:
     assert calls.bind((IDS[:0],), {})[0][0].shape == (0, 4)
     with pytest.raises(CallError, match=r"inputs of shape \(3, 2\) break .*ids.size\(\)\[1\] == 4"):
         calls.bind((IDS[:, :2],), {})
+
+
+def test_shapes_that_fit_are_checked_once_and_others_still_are() -> None:
+    asked: list[tuple[int, ...]] = []
+    calls = captured(IDS, MASK, scale=1.0, guards=lambda ids, mask, scale: asked.append(tuple(ids.shape)))
+    for ids in (IDS, IDS + 1, IDS[:2], IDS):
+        bound, named = calls.bind((ids, MASK), {"scale": 1.0})
+        assert bound[0] is ids
+        assert bound[1] is MASK
+        assert named == {"scale": 1.0}
+    assert asked == [(3, 4), (2, 4)]
+    with pytest.raises(CallError, match="captured with 2 dimensions"):
+        calls.bind((IDS[0], MASK), {"scale": 1.0})
+    with pytest.raises(CallError, match=r"torch.float32, captured with torch.int64"):
+        calls.bind((IDS.float(), MASK), {"scale": 1.0})
+    with pytest.raises(CallError, match=r"input 2 is 2\.0"):
+        calls.bind((IDS, MASK), {"scale": 2.0})
+    with pytest.raises(CallError, match="now it is 3"):
+        calls.bind((IDS, 3), {"scale": 1.0})

@@ -7,6 +7,7 @@ kept: then everything is measured with the same random numbers, and calls pay fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,9 @@ KEPT_BYTES = 128 << 20
 MIN_ROWS = 32
 """Rows that are sketched of every call, however narrow the layers behind a tap."""
 
+WAITING = 1024
+"""Rows that a sketch takes in at a time, at least."""
+
 PERIOD = 5
 """Every fifth call is held out; in turn it chooses among plans and reports the error."""
 
@@ -41,8 +45,8 @@ PERIOD = 5
 class CallObserver(nn.Module):
     """Sketches a tap in whatever mode the caller is: autocast and inference mode would reach into the sketch.
 
-    Rows wait until there are as many as they are long. Taking in a few rows costs nearly what taking in that many
-    does, and a call may bring few.
+    Rows wait until there are as many as they are long, and :data:`WAITING` at least. Taking in a few rows costs nearly
+    what taking in that many does, and a call may bring few.
 
     Args:
         observer: the one that sketches.
@@ -65,8 +69,10 @@ class CallObserver(nn.Module):
         try:
             with settled(self.device):
                 rows, _ = self.observer.sampled(activation.detach())
-                # The activation may be written to behind this, and its rows are those of a call that is over soon.
-                self._new.append((rows.to(self.device, copy=True), rows.isfinite().all()))
+                if rows.numel():
+                    # The activation may be written to behind this, and its rows are those of a call that is over soon.
+                    kept = rows.to(self.device, copy=_share(rows, activation))
+                    self._new.append((kept, torch.stack(torch.aminmax(kept))))
         except CalibrationError as error:  # the call would end half-way, after it has written to its inputs
             self._error = error
 
@@ -78,7 +84,7 @@ class CallObserver(nn.Module):
         """
         if self._error is not None:
             raise self._error
-        if not all(bool(finite) for _, finite in self._new):
+        if not all(math.isfinite(end) for _, ends in self._new for end in ends.tolist()):
             raise CalibrationError(f"the input of {self.observer.layers} holds NaN or infinite values")
 
     def drop(self) -> None:
@@ -95,7 +101,7 @@ class CallObserver(nn.Module):
             self._waiting.append(rows)
             self._count += rows.shape[0]
         self.drop()
-        if self._count >= self.observer.tap.width:
+        if self._count >= max(self.observer.tap.width, WAITING):
             self.flush()
 
     def flush(self) -> None:
@@ -130,6 +136,7 @@ class Recording:
         self.calls = 0
         self._held: tuple[Role, RegionCall] | None = None
         self.kept: dict[Role, list[tuple[int, RegionCall]]] = {"calibrate": [], "select": [], "report": []}
+        self._kept_bytes = dict.fromkeys(self.kept, 0)
         self._period = PERIOD if steps >= 2 * PERIOD else max(2, steps // 2)
         self._recorder = Recorder(seed)
         sizes = sketch_sizes(self.table.taps.values(), None, SKETCH_MEMORY)
@@ -204,6 +211,7 @@ class Recording:
         if held is not None:
             role, call = held
             self.kept[role].append((self.calls, call))
+            self._kept_bytes[role] += _bytes(call)
         self.calls += 1
 
     def finish(self) -> None:
@@ -221,8 +229,7 @@ class Recording:
         return self.kept["calibrate"][:EFFECT_BATCHES]
 
     def _wanted(self, role: Role, call: RegionCall) -> bool:
-        kept = sum(_bytes(other) for _, other in self.kept[role])
-        return not self.kept[role] or kept + _bytes(call) <= KEPT_BYTES
+        return not self.kept[role] or self._kept_bytes[role] + _bytes(call) <= KEPT_BYTES
 
     def _device(self, tap: Tap) -> torch.device:
         site = next(site for site in self.table.sites if tap in self.table.taps_of(site))
@@ -234,6 +241,12 @@ def mask_of(mask: Tensor) -> Tensor:
     if mask.is_floating_point() and not bool((mask > 0).any()):
         return mask == 0
     return mask > 0
+
+
+def _share(rows: Tensor, activation: Tensor) -> bool:
+    """Whether rows lie in the memory of the activation that they are of; those that were sampled do not."""
+    strided = activation.layout is torch.strided
+    return strided and rows.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr()
 
 
 def _copied(call: RegionCall) -> RegionCall:

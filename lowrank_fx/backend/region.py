@@ -13,8 +13,8 @@ the model's own parameters train, in training and in evaluation mode. The first 
 
 from __future__ import annotations
 
-import inspect
 import logging
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ from lowrank_fx.backend.recording import Recording
 from lowrank_fx.backend.regions import RegionGraph
 from lowrank_fx.backend.roots import find_root, names_of
 from lowrank_fx.backend.watch import Watch
+from lowrank_fx.compiling import CompiledGraph, compile_module
 from lowrank_fx.errors import CalibrationError
 
 
@@ -114,7 +115,7 @@ class Binding:
         self.number = next(family.numbers)
         self.recording: Recording | None = None
         states = region.lowered.states
-        self._pairs = tuple((state.position, own) for state, own in zip(states, tensors, strict=True))
+        self._positions = tuple(state.position for state in states)
         self._arity = len(states) + len(region.lowered.inputs) - len(region.lowered.attached)
         self._graph: RegionGraph | None = None
         self._factored: Callable[..., Any] | None = None
@@ -126,7 +127,7 @@ class Binding:
 
     def owns(self, args: Sequence[Any]) -> bool:
         """Whether a call passes this binding's parameters."""
-        return all(args[position] is tensor for position, tensor in self._pairs)
+        return all(map(operator.is_, map(args.__getitem__, self._positions), self.tensors))
 
     @property
     def graph(self) -> RegionGraph:
@@ -179,17 +180,15 @@ class Binding:
 
     def compiled(self, module: GraphModule) -> Callable[..., Any]:
         """A rewritten graph, compiled by the inner backend when it is first called."""
-        # The limit of recompilations counts per code object.
-        knows = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-        isolate: dict[str, Any] = {"isolate_recompiles": True} if knows else {}
-        run: Callable[..., Any] = torch.compile(
-            module, backend=self.region.options.inner, dynamic=self.region.lowered.dynamic, **isolate
-        )
-        return run
+        inner, lowered = self.region.options.inner, self.region.lowered
+        if lowered.dynamic:
+            return compile_module(module, backend=inner, dynamic=True, own=True)
+        return CompiledGraph(module, inner)
 
     def dense_on(self, inputs: Sequence[Any]) -> Any:
         """What the dense graph returns for inputs alone."""
-        args = dict(self._pairs) | dict(zip(self.region.lowered.inputs, inputs, strict=True))
+        args = dict(zip(self._positions, self.tensors, strict=True))
+        args.update(zip(self.region.lowered.inputs, inputs, strict=True))
         return self._dense([args[position] for position in sorted(args)])
 
     def _dense(self, args: Sequence[Any]) -> Any:

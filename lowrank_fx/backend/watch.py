@@ -9,6 +9,7 @@ tensor, the next one in turn, with what they were. A write that changes none of 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ PROBED = 8
 PROBE_EVERY = 64
 """Calls from one probe to the next on an accelerator, which each of them brings to a halt."""
 
+_VERSION = operator.attrgetter("_version")
+
 
 class Watched(NamedTuple):
     """A tensor as it was when the watch began.
@@ -31,14 +34,37 @@ class Watched(NamedTuple):
         tensor: what is watched.
         pointer: of its memory.
         version: counts its in-place operators; None where torch does not count (inference tensors).
-        sample: a few of its numbers.
+        places: of a few of its numbers, looking into the memory that ``pointer`` names.
+        sample: those numbers.
     """
 
     name: str
     tensor: Tensor
     pointer: int
     version: int | None
+    places: Tensor
     sample: Tensor
+
+
+class _Columns:
+    """What is looked at on every call, so laid out that no line of Python runs per tensor.
+
+    Args:
+        entries: what is watched.
+    """
+
+    def __init__(self, entries: Sequence[Watched]) -> None:
+        self._tensors = [entry.tensor for entry in entries]
+        self._pointers = [entry.pointer for entry in entries]
+        self._counted = [entry.tensor for entry in entries if entry.version is not None]
+        self._versions = [entry.version for entry in entries if entry.version is not None]
+
+    def hold(self) -> bool:
+        """Whether all pointers and versions are what they were."""
+        return (
+            list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and list(map(_VERSION, self._counted)) == self._versions
+        )
 
 
 class Watch:
@@ -50,6 +76,7 @@ class Watch:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._entries = [_watched(name, tensor) for name, tensor in tensors.items()]
+        self._columns = _Columns(self._entries)
         self._next = 0
         self._calls = 0
 
@@ -67,6 +94,7 @@ class Watch:
                 known[id(tensor)] = _watched(name, tensor)
                 self._entries.append(known[id(tensor)])
             made._entries.append(known[id(tensor)])
+        self._columns, made._columns = _Columns(self._entries), _Columns(made._entries)
         return made
 
     def changed(self, *, every: bool = False) -> str | None:
@@ -75,11 +103,12 @@ class Watch:
         Args:
             every: compare numbers of all tensors, not of the next one alone.
         """
-        for name, tensor, pointer, version, _ in self._entries:
-            if tensor.data_ptr() != pointer or (version is not None and tensor._version != version):
-                return name
+        if not self._columns.hold():
+            for name, tensor, pointer, version, _, _ in self._entries:
+                if tensor.data_ptr() != pointer or (version is not None and tensor._version != version):
+                    return name
         if every:
-            return next((entry.name for entry in self._entries if not _same(_sample(entry.tensor), entry.sample)), None)
+            return next((entry.name for entry in self._entries if not _same(entry)), None)
         return self._probe()
 
     def replaced(self, names: Sequence[str], tensors: Sequence[Tensor]) -> str | None:
@@ -99,7 +128,7 @@ class Watch:
         if entry.tensor.device.type != "cpu" and self._calls % PROBE_EVERY:
             return None
         self._next = position + 1
-        return None if _same(_sample(entry.tensor), entry.sample) else entry.name
+        return None if _same(entry) else entry.name
 
 
 def on_optimizer_step(react: Callable[[Sequence[Tensor]], None]) -> Any:
@@ -112,24 +141,32 @@ def on_optimizer_step(react: Callable[[Sequence[Tensor]], None]) -> Any:
 
 
 def _watched(name: str, tensor: Tensor) -> Watched:
-    return Watched(name, tensor, tensor.data_ptr(), _version(tensor), _sample(tensor))
+    with torch.no_grad():
+        places = _places(tensor.detach())
+        return Watched(name, tensor, tensor.data_ptr(), _version(tensor), places, places.clone())
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """A few numbers, evenly spaced over the tensor's memory."""
-    with torch.no_grad():
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,)) if _dense(tensor) else tensor.detach().reshape(-1)
-        return flat[:: max(flat.numel() // PROBED, 1)][:PROBED].clone()
+def _places(tensor: Tensor) -> Tensor:
+    """A view of a few numbers of a tensor, evenly spaced over its memory; over its first slice's if there are gaps."""
+    while tensor.numel() != _span(tensor):
+        tensor = tensor[0]
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat[:: max(flat.numel() // PROBED, 1)][:PROBED]
 
 
-def _dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.storage_offset() == 0
+def _span(tensor: Tensor) -> int:
+    """How many places of memory lie from the first number of a tensor to its last."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(entry: Watched) -> bool:
     # NaN in a weight is no change.
-    return torch.equal(one, other) or bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
+    return torch.equal(entry.places, entry.sample) or bool(
+        torch.allclose(entry.places, entry.sample, rtol=0, atol=0, equal_nan=True)
+    )
