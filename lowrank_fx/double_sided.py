@@ -18,7 +18,8 @@ With R W B^T = sum of s_i u_i v_i^T, the output error itself, which is what boun
 |(W - W') B^T|_F^2 = sum over i > k of s_i^2 |R^-1 u_i|^2, because the v_i are orthonormal.
 
 The *basis* of a curve is ``"activation"`` (the plain forms) or ``"gradient"`` (here); a *variant* is a form with a
-basis, written ``lowrank`` or ``lowrank@gradient``.
+basis, written ``lowrank`` or ``lowrank@gradient``. The basis ``"shared"`` is that of layers with one first factor
+(``shared_inputs.py``), which have no curve each.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
 
-ACTIVATION, GRADIENT = "activation", "gradient"
+ACTIVATION, GRADIENT, SHARED = "activation", "gradient", "shared"
 
 SHRINKAGE = 0.1
 """The share a of the identity in Gamma'. On real models .03, .1 and .3 give plans of nearly the same error."""
@@ -170,10 +171,12 @@ class ObliqueCurve(ErrorCurve):
     Attributes:
         mixed: per group upper triangular ``[largest, largest]``, stacked; float64.
         dual: ``[out_features, largest]``, like ``basis``; within a group ``mixed dual^T basis`` is the identity.
+        lengths: ``|R^-1 u_i|`` of all groups, ``[groups * largest]``, float64; ``dual`` is ``R^T U`` times these.
     """
 
     mixed: Tensor = field(repr=False)
     dual: Tensor = field(repr=False)
+    lengths: Tensor = field(repr=False)
 
 
 def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, gradients: Sketch) -> ObliqueCurve:
@@ -192,7 +195,7 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
     ranks, beyond = form.supported(site, sketch)
     largest = (*ranks, *beyond)[-1]
     blocks = site.matrix(weight.detach()).double().chunk(site.groups)
-    bases, mixes, duals, tails = [], [], [], []
+    bases, mixes, duals, stretches, tails = [], [], [], [], []
     for block, part, own in zip(blocks, sketch.parts, gradients.parts, strict=True):
         metric = OutputMetric.of(own)
         directions, energies = group_spectrum(metric.root(block), part, site.centered, largest)
@@ -203,6 +206,7 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
         bases.append(orthonormal)
         mixes.append(mixed)
         duals.append(metric.transposed(directions[:, :largest]) * lengths[:largest])
+        stretches.append(lengths[:largest])
     longest = max(len(own) for own in tails)
     energies = torch.stack([F.pad(own, (0, longest - len(own))) for own in tails]).sum(0)
     tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
@@ -215,6 +219,7 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
         beyond=beyond,
         mixed=torch.cat(mixes),
         dual=torch.cat(duals).to(keep).contiguous(),
+        lengths=torch.cat(stretches),
     )
 
 

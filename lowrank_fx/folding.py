@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from lowrank_fx.cost import dense_params
+from lowrank_fx.double_sided import SHARED
 from lowrank_fx.errors import OptionError
-from lowrank_fx.plan import Plan
+from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.sites import Site, matches
 
 FoldedSites: TypeAlias = Sequence[str] | Plan | None
@@ -57,11 +58,14 @@ def folded_plan(plan: Plan, folded: Collection[str], refused: Mapping[str, str])
         refused: layers that could not be folded, with the reasons.
     """
     totals, sites = plan.totals, []
+    left = {site.name for site in plan.sites if site.basis == SHARED and not _is_dense(site)} - set(folded)
     for site in plan.sites:
+        after = _after(site, plan, left) if site.basis == SHARED else {}
         if site.name in folded:
             params, (before, flops) = dense_params(site.out_features, site.in_features), (site.params[0], site.flops[0])
             # A layer that came as a pair costs more as one operator; both its factors see the same rows.
             after = {"params": params, "flops": flops * params // before if 0 < before < params else flops}
+        if after:
             changed = {}
             for quantity, cost in after.items():
                 for of in ("model", "site"):
@@ -74,3 +78,23 @@ def folded_plan(plan: Plan, folded: Collection[str], refused: Mapping[str, str])
     notes = [f"{FOLDED}: {', '.join(names)}"] if names else []
     notes += [f"{name} stays factored: {reason}" for name, reason in refused.items()]
     return replace(plan, sites=tuple(sites), totals=totals, notes=(*plan.notes, *notes))
+
+
+def _is_dense(site: SitePlan) -> bool:
+    return site.params[1] == dense_params(site.out_features, site.in_features)
+
+
+def _after(site: SitePlan, plan: Plan, left: Collection[str]) -> dict[str, int]:
+    """What a layer costs that shares its first factor with those of its family that are ``left``; none where dense.
+
+    The first one of them pays for it.
+    """
+    if site.name not in left or site.rank is None:
+        return {}
+    owner = site.shares or site.name
+    family = (each.name for each in plan.sites if owner in (each.name, each.shares) and each.name in left)
+    own = site.out_features + (site.in_features if site.name == next(family) else 0)
+    return {
+        quantity: site.rank * own * before // dense_params(site.out_features, site.in_features)
+        for quantity, (before, _) in (("params", site.params), ("flops", site.flops))
+    }

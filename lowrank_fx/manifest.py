@@ -27,7 +27,7 @@ from lowrank_fx.program import Way
 from lowrank_fx.timings import SiteSpeed
 from lowrank_fx.weight_files import NAME, WeightFile
 
-FORMAT = 2
+FORMAT = 3
 PLAN_FILE = "plan.json"
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -144,8 +144,8 @@ def _read_1(data: dict[str, Any]) -> Manifest:
     return _read(data, plan, files, None, tuple(entry.name for entry in plan.factored) if data["folded"] else ())
 
 
-READERS: dict[int, Callable[[dict[str, Any]], Manifest]] = {1: _read_1, 2: _read_2}
-"""By format; every one that was ever released stays."""
+READERS: dict[int, Callable[[dict[str, Any]], Manifest]] = {1: _read_1, 2: _read_2, 3: _read_2}
+"""By format; every one that was ever released stays. Format 3 holds plans in which layers share a first factor."""
 
 
 def _read(

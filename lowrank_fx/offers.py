@@ -11,6 +11,7 @@ from lowrank_fx.curves import EffectCurve, SiteCurves
 from lowrank_fx.double_sided import split_variant
 from lowrank_fx.forms import DENSE, FORMS, dense_flops, dense_params
 from lowrank_fx.planners.problem import Option
+from lowrank_fx.shared_inputs import Joint
 from lowrank_fx.site_times import SiteTimes, slower
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import CostKind, Target
@@ -27,6 +28,7 @@ class Offers:
         effects: measured effects by (site name, variant); a variant without any left the race and is not on offer.
         regauge: whether pairs are re-gauged where they can be.
         times: measured times of the sites; None where no clock is obeyed. What does not pay by them is not on offer.
+        joints: layers that may have one first factor, all of each together; theirs is the last option of a site.
     """
 
     table: SiteTable
@@ -35,6 +37,7 @@ class Offers:
     effects: Mapping[tuple[str, str], EffectCurve]
     regauge: bool
     times: SiteTimes | None
+    joints: tuple[Joint, ...] = ()
 
     def options(self, site: Site) -> tuple[Option, ...]:
         """Every option of a site; the first is dense."""
@@ -67,6 +70,8 @@ class Offers:
                 option = Option(form, rank, params, flops, error, effect.at(error), taken)
                 if site.pair is None or _is_cheaper(option, options[0]):
                     options.append(option)
+        together = [joint.options(self.calibration) for joint in self.joints]
+        options += [shared[site.name] for shared in together if site.name in shared]
         return tuple(options)
 
     def why_dense(self, site: Site, options: Sequence[Option], target: Target, quantity: CostKind, *, met: bool) -> str:

@@ -18,7 +18,7 @@ from lowrank_fx.forms import DENSE, FORMS
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Target, target_from_json
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 OLDEST_VERSION = 3
 """Plans from this version on can be read. A new field takes a new version, and a default, which older plans have."""
@@ -42,9 +42,11 @@ class SitePlan:
         bound: the upper end; the two differ by rounding unless the tap was sketched.
         effect: predicted relative error of the model's output if this site alone is factored.
         reason: why it stays dense; empty where it is factored.
-        basis: what chose the directions that are kept: ``"activation"``, or the outputs' ``"gradient"`` besides.
+        basis: what chose the directions that are kept: ``"activation"``, the outputs' ``"gradient"`` besides, or
+            ``"shared"`` for layers with one first factor, which the first of them pays for.
         pivots: the first of the inputs, next to each other, the pivots of a re-gauged pair; None for any other.
         gathered: a re-gauged pair gathers its inputs, and ``pivots`` counts in the order that this gives.
+        shares: the name of the site whose first factor it uses; None where it has its own.
     """
 
     name: str
@@ -62,6 +64,7 @@ class SitePlan:
     basis: str = "activation"
     pivots: int | None = None
     gathered: bool = False
+    shares: str | None = None
 
     @property
     def factored(self) -> bool:
@@ -227,8 +230,11 @@ class Plan:
             raise PlanError(f"a plan of version {PLAN_VERSION} is expected, this one says {version!r:.60}")
         fields = {name: value for name, value in data.items() if name != "version"}
         plan: Plan = _read(fields, cls, "plan", version == PLAN_VERSION)
+        by_name = {site.name: site for site in plan.sites}
         for site in plan.sites:
             _check_site(site)
+            if site.shares is not None:
+                _check_sharing(site, by_name.get(site.shares))
         return plan
 
 
@@ -294,6 +300,14 @@ def _check_site(site: SitePlan) -> None:
     last = site.in_features - (site.rank or 0)
     if site.form != "lowrank" or not 0 <= site.pivots <= last:
         raise PlanError(f"site {site.name!r}: pivots at {site.pivots} are not those of a pair, between 0 and {last}")
+
+
+def _check_sharing(site: SitePlan, owner: SitePlan | None) -> None:
+    if owner is None or owner.shares is not None:
+        raise PlanError(f"site {site.name!r}: it uses the first factor of {site.shares!r}, which has none of its own")
+    both = [(each.form, each.rank, each.in_features, each.pivots) for each in (site, owner)]
+    if both[0] != both[1] or site.form != "lowrank" or site.pivots is not None:
+        raise PlanError(f"site {site.name!r}: it cannot use the first factor of {site.shares!r}, which is another")
 
 
 def _plain(value: Any) -> Any:

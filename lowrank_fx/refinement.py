@@ -97,7 +97,7 @@ def _measured_again(session: Session, plan: Plan, factored: Factored, program: P
 
 def _stored(site: Site, factors: Factors, state: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Factors:
     """A site's factors as they are in a program now; the shift is what its bias has gained."""
-    tensors: dict[str, Any] = {name: state[site.attribute(name)].detach() for name in factors.tensors}
+    tensors: dict[str, Any] = {leaf: state[name].detach() for leaf, name in factors.names(site).items()}
     shift = factors.shift
     if site.biases and shift is not None:
         name = site.biases[0]

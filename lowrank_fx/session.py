@@ -26,6 +26,7 @@ from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure
 from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.errors import TargetError
 from lowrank_fx.frozen import Frozen
+from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.offers import Offers
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan
 from lowrank_fx.planners import planner
@@ -36,6 +37,7 @@ from lowrank_fx.planners.problem import Allocator, Pick, Problem
 from lowrank_fx.program import Program
 from lowrank_fx.scored import score
 from lowrank_fx.settle import Maker, gauge_notes
+from lowrank_fx.shared_inputs import Joint, joined, sharing_notes
 from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.targets import CostKind, Keep, Metric, Target, Tolerance, obeys_speed
@@ -70,6 +72,7 @@ class Session:
         progress: whether work over two seconds shows a progress bar.
         regauge: whether pairs are re-gauged where they can be, which the target says.
         times: measured times of the sites, of a target that obeys them: options that are not faster are not on offer.
+        joints: layers that may have one first factor; their options are for plans that take all of each.
     """
 
     model: nn.Module
@@ -85,6 +88,7 @@ class Session:
     progress: bool = False
     regauge: bool = False
     times: SiteTimes | None = None
+    joints: tuple[Joint, ...] = ()
     _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -95,12 +99,13 @@ class Session:
     @property
     def offers(self) -> Offers:
         """What makes the options of a site."""
-        return Offers(self.table, self.calibration, self.curves, self.effects, self.regauge, self.times)
+        return Offers(self.table, self.calibration, self.curves, self.effects, self.regauge, self.times, self.joints)
 
     @property
     def maker(self) -> Maker:
         """What makes factors of a choice."""
-        return Maker(self.program, self.table, self.calibration, self.curves, self.effort.corrections, self.progress)
+        tried = self.effort.corrections
+        return Maker(self.program, self.table, self.calibration, self.curves, tried, self.progress, self.joints)
 
     def plan(self, target: Target) -> tuple[Plan, Made]:
         """The plan for ``target``, and what it puts into the program; no time is measured.
@@ -169,7 +174,33 @@ class Session:
             marginal = self._around(outcome.pick)
             if marginal is not None:
                 outcome = outcome.against(within_budget(self.problem, quantity, budget, marginal, evaluate))
+            return self._shared(target, quantity, outcome)
         return self._finish(target, quantity, outcome)
+
+    def _shared(self, target: Keep, quantity: CostKind, outcome: Outcome) -> Planned:
+        """The plan of an outcome, with one first factor for layers that have one input where held-out rows like it.
+
+        A clock measures pairs, and a re-gauged pair has no first factor to share, so only plain budgets come by here.
+        """
+        possible = self.times is None and not self.regauge and type(self.program) is GraphProgram
+        chosen = self.problem.chosen(outcome.pick)
+        joints = joined(self.table, self.curves, chosen) if possible and "effect" in planner(self.planner) else ()
+        if not joints:
+            return self._finish(target, quantity, outcome)
+        session = replace(self, joints=joints)
+        shared = {site.name for joint in joints for site in joint.sites}
+        options = session.problem.options
+        pick = tuple(
+            len(options[name]) - 1 if name in shared else index
+            for name, index in self.problem.indices(outcome.pick).items()
+        )
+        factors = session.maker.factors(session.problem.factored(pick), final=False)
+        error = joint_error(self.program, factors, self.calibration.select_batches)
+        candidate = f"{outcome.candidate}, shared inputs"
+        tried = replace(outcome, candidates=(*outcome.candidates, (candidate, error)))
+        if not error < outcome.error:
+            return self._finish(target, quantity, tried)
+        return session._finish(target, quantity, replace(tried, pick=pick, candidate=candidate, error=error))
 
     def _around(self, pick: Pick) -> Mapping[str, Allocator] | None:
         """The candidate by the effects that sites have around a pick; None where measuring them is too dear."""
@@ -312,13 +343,15 @@ class Session:
         candidates = (*candidates, *((f"{candidate}, {how}", error) for how, error in settled.tried))
         candidate = f"{candidate}, {settled.how}" if settled.how else candidate
         met = bool(factored) or isinstance(target, Keep)
+        apart = replace(self, joints=()) if self.joints else self
+        owners = {joint.name: joint.sites[0].name for joint in self.joints}
         sites = []
         for name, option in self.problem.chosen(outcome.pick).items():
             site = next(site for site in self.table.sites if site.name == name)
-            error, bound, gauge = 0.0, 0.0, None
+            error, bound, gauge, first = 0.0, 0.0, None, None
             if option.rank is not None:
                 error, bound = self.maker.site_error(*factored[name])
-                gauge = factored[name][1].gauge
+                gauge, first = factored[name][1].gauge, factored[name][1].first
             dense = self.problem.options[name][0]
             sites.append(
                 SitePlan(
@@ -339,6 +372,7 @@ class Session:
                     else self.offers.why_dense(site, self.problem.options[site.name], target, quantity, met=met),
                     pivots=None if gauge is None else gauge.start,
                     gathered=gauge is not None and gauge.order is not None,
+                    shares=None if first is None else owners[first],
                 )
             )
         report_error = made.error(self.program, self.calibration.report_batches)
@@ -350,13 +384,13 @@ class Session:
             sites=tuple(sites),
             left_alone=self.table.left_alone,
             cleanup=self.program.cleanup,
-            notes=(*self.notes, *(gauge_notes(factored) if self.regauge else ())),
+            notes=(*self.notes, *(gauge_notes(factored) if self.regauge else ()), *sharing_notes(self.joints)),
             totals=self.account.totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
             select_error=settled.error,
             error=report_error,
             candidates=tuple((name, error) for name, error in candidates if math.isfinite(error)),
-            curve=self.account.trade_off(quantity),
+            curve=apart.account.trade_off(quantity),
         )
         return Planned(plan, made, outcome)
 

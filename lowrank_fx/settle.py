@@ -23,6 +23,7 @@ from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.program import Program
+from lowrank_fx.shared_inputs import Joint
 from lowrank_fx.sites import Site, SiteTable
 
 Choice: TypeAlias = Mapping[str, tuple[str, int]]
@@ -40,6 +41,7 @@ class Maker:
         curves: error curves by site name.
         corrections: those of ``CORRECTIONS`` that are tried, by name.
         progress: whether work over two seconds shows a progress bar.
+        joints: the layers that a choice gives one first factor; it has to choose all of each.
     """
 
     program: Program
@@ -48,6 +50,7 @@ class Maker:
     curves: Mapping[str, SiteCurves]
     corrections: tuple[str, ...]
     progress: bool
+    joints: tuple[Joint, ...] = ()
 
     def factors(self, choice: Choice, *, final: bool = True) -> Chosen:
         """The factors of every chosen site.
@@ -58,11 +61,14 @@ class Maker:
                 what candidates are compared with.
         """
         made: Chosen = {}
+        for joint in self.joints:
+            made.update(joint.factors(self.curves))
         for name, (form, rank) in choice.items():
-            curves = self.curves[name]
-            made[name] = curves.site, curves.factors(form, rank, final=final)
-            curves.rest()
-        return made
+            if name not in made:
+                curves = self.curves[name]
+                made[name] = curves.site, curves.factors(form, rank, final=final)
+                curves.rest()
+        return {name: made[name] for name in choice}
 
     def corrected(self, choice: Choice, how: str, factored: Chosen | None = None) -> Chosen:
         """The factors of a choice, corrected in one way.
@@ -139,9 +145,21 @@ class Maker:
         return Settled(made, error, how) if error < best.error else best
 
     def _remake(self, choice: Choice) -> Remake:
-        """Factors of other weights in the forms and ranks of a choice; a basis that gradients chose stays."""
+        """Factors of other weights in the forms and ranks of a choice; a basis that gradients chose stays.
+
+        Of layers with one first factor, the one that is asked for first decides it, for the others' weights as they
+        are.
+        """
+        joints = {site.name: joint for joint in self.joints for site in joint.sites}
+        firsts: dict[str, Tensor] = {}
 
         def remake(site: Site, weight: Tensor, sketch: Sketch) -> Factors:
+            joint = joints.get(site.name)
+            if joint is not None:
+                if joint.name not in firsts:
+                    weights = {other.name: self.curves[other.name].weight for other in joint.sites}
+                    firsts[joint.name] = joint.first(weights | {site.name: weight}, sketch)
+                return joint.second(site, weight, firsts[joint.name], sketch)
             form, rank = choice[site.name]
             curve = self.curves[site.name].forms[form]
             if isinstance(curve, ObliqueCurve) or isinstance(FORMS[form], AlternatingForm):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lowrank_fx.calibration import Calibration
-from lowrank_fx.double_sided import split_variant
+from lowrank_fx.double_sided import SHARED, split_variant
 from lowrank_fx.plan import Plan
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import obeys_speed
@@ -136,6 +136,8 @@ class SiteTimes:
         found, sure = {}, obeys_speed(plan.target)
         sites = {site.name: site for site in self.table.sites}
         for entry in plan.factored:
+            if entry.basis == SHARED:
+                continue  # one of several layers that compute their first product together
             assert entry.rank is not None
             speed = self.measured(sites[entry.name], Pair(entry.form, entry.rank, entry.pivots is not None), sure=sure)
             if speed is not None:

@@ -141,8 +141,8 @@ def load(
     stored = check_weight_files(root, saved.files, _most_bytes(model))
     program = _captured(root, model, saved, example)
     sites = _match_sites(root, program, saved.plan)
-    empty = {entry.name: (site, _empty_factors(root, program, entry, site, stored)) for entry, site in sites}
     own = {entry.name: site for entry, site in sites}
+    empty = {entry.name: (site, _empty_factors(root, program, entry, own, stored)) for entry, site in sites}
     made = program.factorize(empty, clone=True)
     if saved.folded:
         made = made.fold({name: own[name] for name in saved.folded})
@@ -196,8 +196,8 @@ def _refactored(program: Program, stored: Artifact, actual: Mapping[str, BaseWei
     again: dict[str, SitePlan] = {}
     for entry in stored.plan.factored:
         site = stored.sites[entry.name]
-        kept = factors_of(stored.program.module, entry, site)
-        factors = transferred(site, entry.form, program.weight(site), kept, stored.before.gaps[site.name])
+        kept = factors_of(stored.program.module, entry, stored.sites)
+        factors = transferred(site, entry, program.weight(site), kept, stored.before.gaps[site.name])
         if factors is not kept:
             gauge = factors.gauge
             pivots, gathered = (None, False) if gauge is None else (gauge.start, gauge.order is not None)
@@ -330,21 +330,26 @@ def _match_sites(root: Path, program: Program, plan: Plan) -> list[tuple[SitePla
     return matched
 
 
-def _empty_factors(root: Path, program: Program, entry: SitePlan, site: Site, stored: Mapping[str, Stored]) -> Factors:
+def _empty_factors(
+    root: Path, program: Program, entry: SitePlan, sites: Mapping[str, Site], stored: Mapping[str, Stored]
+) -> Factors:
     """Factors of the planned shape, which is that in the file; their values come from there."""
-    assert entry.rank is not None
+    site = sites[entry.name]
     weight = program.weight(site)
-    for leaf, tensor in _blank(entry, site, weight.to("meta")).tensors.items():
-        found = stored.get(site.attribute(leaf))
+    blank = _blank(entry, sites, weight.to("meta"))
+    for leaf, name in blank.names(site).items():
+        found, tensor = stored.get(name), blank.tensors[leaf]
         if found is not None and found.shape != tensor.shape:
-            name = site.attribute(leaf)
             raise StorageError(_differs(root, name, found.shape, found.dtype, tensor.shape, tensor.dtype))
-    return _blank(entry, site, weight)
+    return _blank(entry, sites, weight)
 
 
-def _blank(entry: SitePlan, site: Site, weight: Tensor) -> Factors:
+def _blank(entry: SitePlan, sites: Mapping[str, Site], weight: Tensor) -> Factors:
     assert entry.rank is not None
+    site = sites[entry.name]
     factors = FORMS[entry.form].blank(site, weight, entry.rank)
+    if entry.shares is not None:
+        return replace(factors, first=sites[entry.shares].attribute("factor_in"))
     if entry.pivots is None:
         return factors
     order = torch.arange(site.in_features, device=weight.device) if entry.gathered else None

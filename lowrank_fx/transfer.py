@@ -13,6 +13,8 @@ further away, what its change adds, as far as ``V`` spans it, is about the rest 
 the way that leaves the least expected error if the two have nothing in common (as in W. James, C. Stein, "Estimation
 with quadratic loss", 1961). Unchanged weights give ``t = 0``, the stored factors; where these were a plain projection
 ``g`` is 0 and ``t`` is 1; a change that is small next to ``g`` moves them little.
+
+Of layers with one first factor that one is kept, and the last one of each follows: the same of transposed matrices.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_fx._env import max_rewrites
+from lowrank_fx.double_sided import SHARED
 from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.gauge import Gauge
@@ -70,33 +73,42 @@ class Before:
             site = sites[entry.name]
             if max_rewrites() is not None and site.weight in made.state_dict():
                 continue  # bisecting left it dense
-            gaps[entry.name] = _gap(_nearest(site, entry.form, captured.weight(site), factors_of(made, entry, site)))
+            gaps[entry.name] = _gap(_nearest(site, entry, captured.weight(site), factors_of(made, entry, sites)))
         return cls(gaps, values)
 
 
-def factors_of(module: nn.Module, entry: SitePlan, site: Site) -> Factors:
-    """The factors of a site in a factored module, without a shift."""
-    state = module.state_dict()
+def factors_of(module: nn.Module, entry: SitePlan, sites: Mapping[str, Site]) -> Factors:
+    """The factors of a site in a factored module, without a shift.
+
+    Args:
+        module: the module.
+        entry: what the plan says of the site.
+        sites: those that are factored, by name.
+    """
+    site, state = sites[entry.name], module.state_dict()
+    shared = None if entry.shares is None else sites[entry.shares].attribute("factor_in")
 
     def leaf(name: str) -> Tensor | None:
         # Under its weight's name, or in the module that stands in for it.
         found = [state[each] for each in (site.attribute(name), f"{site.calls[0].node}.{name}") if each in state]
         return found[0] if found else None
 
-    first, last = leaf("factor_in"), leaf("factor_out")
+    # Where bisecting stopped short of sharing, the layer has a first factor of its own.
+    own, last = leaf("factor_in"), leaf("factor_out")
+    first = own if own is not None or shared is None else state[shared]
     assert first is not None
     assert last is not None
     gauge = None if entry.pivots is None else Gauge(entry.pivots, leaf(ORDER) if entry.gathered else None)
     stacked = site.kind == "bmm"
-    return Factors(first, last, None, site.groups, stacked, factor_mid=leaf("factor_mid"), gauge=gauge)
+    return Factors(first, last, None, site.groups, stacked, factor_mid=leaf("factor_mid"), gauge=gauge, first=shared)
 
 
-def transferred(site: Site, form: str, weight: Tensor, factors: Factors, gap: float) -> Factors:
+def transferred(site: Site, entry: SitePlan, weight: Tensor, factors: Factors, gap: float) -> Factors:
     """The factors of another weight.
 
     Args:
         site: the site.
-        form: the factors' form.
+        entry: what the plan says of it.
         weight: the site's weight, as stored in the model.
         factors: the stored factors.
         gap: what :class:`Before` says of the site.
@@ -105,13 +117,15 @@ def transferred(site: Site, form: str, weight: Tensor, factors: Factors, gap: fl
         Factors in the weight's dtype and on its device, of the same form and rank: the stored ones, the same objects,
         where the weight is no further from them than the first one was.
     """
-    parts = _nearest(site, form, weight, factors)
+    parts = _nearest(site, entry, weight, factors)
     found = _gap(parts)
     if not math.isfinite(found) or found <= gap * (1 + ROUNDING) or found == 0:
         return factors
     share = 1 - (gap / found) ** 2
     first = torch.cat([own + share * (nearest - own) for _, own, nearest in parts]).to(weight.dtype)
-    if isinstance(FORMS[form], AlternatingForm):
+    if entry.basis == SHARED:
+        return replace(factors, factor_out=first.T.contiguous())
+    if isinstance(FORMS[entry.form], AlternatingForm):
         return replace(factors, factor_in=first.reshape(factors.factor_in.shape).contiguous())
     if site.kind == "bmm":
         return replace(factors, factor_in=first.reshape(site.groups, -1, first.shape[1]).mT.contiguous())
@@ -141,10 +155,15 @@ def move(module: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Te
         own[name].data = moved.to(value.dtype)
 
 
-def _nearest(site: Site, form: str, weight: Tensor, factors: Factors) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _nearest(site: Site, entry: SitePlan, weight: Tensor, factors: Factors) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of every group V ``[m, r]``, A ``[r, d]`` and V^+ W ``[r, d]``, in float64 on the weight's device."""
-    kind = FORMS[form]
-    if isinstance(kind, AlternatingForm):
+    kind = FORMS[entry.form]
+    firsts: Sequence[Tensor]
+    seconds: Sequence[Tensor]
+    blocks: Sequence[Tensor]
+    if entry.basis == SHARED:
+        firsts, seconds, blocks = [factors.factor_out.T], [factors.factor_in.T], [site.matrix(weight.detach()).T]
+    elif isinstance(kind, AlternatingForm):
         firsts, seconds, blocks = _divided(kind, site, weight, factors)
     else:
         first, second = factors.matrices()

@@ -44,7 +44,8 @@ class FoldFactors(Pass):
         %linear = linear(%x, %weight, %bias)            # or addmm, matmul where the weight is stored [in, out],
                                                         # or conv2d(%x, %weight, %bias, stride, padding, dilation, g)
 
-    Re-gauged pairs (:class:`~lowrank_fx.passes.factorize_regauged.FactorizeRegauged`) likewise.
+    Re-gauged pairs (:class:`~lowrank_fx.passes.factorize_regauged.FactorizeRegauged`) likewise. A product that several
+    pairs share (:class:`~lowrank_fx.passes.pack_shared_input.PackSharedInput`) stays for those that are not folded.
 
     Formula: ``weight = factor_out @ factor_in`` within each group, multiplied in float64 and rounded once to the
     factors' dtype. Of convolutions it is their kernels' composition; with two or three kernels that span different
@@ -103,7 +104,8 @@ class FoldFactors(Pass):
             name = outer.name
             outer.replace_all_uses_with(folded)
             for node in reversed(chain):
-                gm.graph.erase_node(node)
+                if not node.users:  # the product of a first factor may be another pair's too
+                    gm.graph.erase_node(node)
             folded.name = name
 
 
@@ -130,6 +132,9 @@ class _Pair:
 
 def _read_pair(gm: GraphModule, site: Site) -> _Pair | str:
     """The factors of a site, or why they cannot be folded."""
+    shared = _read_shared(gm, site)
+    if shared is not None:
+        return shared
     readers = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     names = [site.attribute(leaf) for leaf in _LEAVES if site.attribute(leaf) in readers]
     if not {site.attribute("factor_in"), site.attribute("factor_out")} <= set(names):
@@ -140,6 +145,30 @@ def _read_pair(gm: GraphModule, site: Site) -> _Pair | str:
     chains = [[node] for node in users_of_attr(gm, names[0])]
     refusal = next(filter(None, (_extend(gm, chains, name) for name in names[1:])), None)
     return refusal or _Pair(names, chains)
+
+
+def _read_shared(gm: GraphModule, site: Site) -> _Pair | None:
+    """The pair of a linear site whose first factor is another's, or others' too; None where it has none such."""
+    last = site.attribute("factor_out")
+    if site.kind != "linear" or not any(node.target == last for node in gm.graph.find_nodes(op="get_attr")):
+        return None
+    chains = [[node.args[0], node] for node in users_of_attr(gm, last)]
+    pairs = [[inner, outer] for inner, outer in chains if isinstance(inner, Node) and isinstance(outer, Node)]
+    if len(pairs) < len(chains) or not all(_is_first_product(inner) for inner, _ in pairs):
+        return None
+    firsts = {str(inner.args[1].target) for inner, _ in pairs if isinstance(inner.args[1], Node)}
+    if firsts == {site.attribute("factor_in")} and all(len(inner.users) == 1 for inner, _ in pairs):
+        return None
+    return _Pair((*firsts, last), pairs)
+
+
+def _is_first_product(product: Node) -> bool:
+    """Whether a node is a product that only pairs read, whichever they are."""
+    if product.target is not aten.linear.default or len(product.args) != 2:
+        return False
+    seconds = [user.args[1] for user in product.users if user.target is aten.linear.default]
+    named = [str(node.target) for node in seconds if isinstance(node, Node) and node.op == "get_attr"]
+    return len(named) == len(product.users) and all(name.endswith("factor_out") for name in named)
 
 
 def _extend(gm: GraphModule, chains: Sequence[list[Node]], name: str) -> str | None:

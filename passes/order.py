@@ -22,6 +22,7 @@ from lowrank_fx.passes.lower_einsum import LowerEinsum
 from lowrank_fx.passes.merge_adapters import MergeAdapters
 from lowrank_fx.passes.merge_pairs import MergePairs
 from lowrank_fx.passes.observe_taps import ObserveTaps
+from lowrank_fx.passes.pack_shared_input import PackSharedInput
 from lowrank_fx.passes.restore_pairs import MergedPair, RestorePairs
 from lowrank_fx.passes.untie_embeddings import UntieEmbeddings
 from lowrank_fx.sites import Site, Tap
@@ -58,13 +59,14 @@ def observation(taps: Mapping[str, Tap], observers: Mapping[str, nn.Module]) -> 
 
 
 def rewriting(factored: Mapping[str, tuple[Site, Factors]], pairs: Sequence[MergedPair] = ()) -> tuple[Pass, ...]:
-    """What puts factored pairs in place; they touch different nodes, so the order of these passes is free."""
+    """What puts factored pairs in place; those from linear to batched touch different nodes, so their order is free."""
     return (
         RestorePairs(pairs),  # first: its nodes take back the names that they had
         FactorizeLinear(factored),
         FactorizeRegauged(factored),
         FactorizeConv(factored),
         FactorizeBmm(factored),
+        PackSharedInput(factored),  # last: the pairs of linear layers are there then
     )
 
 

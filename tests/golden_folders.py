@@ -62,8 +62,23 @@ class Branching(Mlp):
         return torch.sub(self.second(torch.tanh(hidden) if float(x.detach().sum()) < 1e9 else hidden), 0)
 
 
+class Siblings(nn.Module):
+    """Two layers that look at the same few directions of one input, and a third that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        seen = torch.randn(5, 16)
+        for layer in (self.query, self.key):
+            layer.weight.data = 0.2 * torch.randn(16, 5) @ seen + 0.01 * torch.randn(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sub(torch.tanh(self.query(x) + 1) * torch.tanh(self.key(x)) + self.value(x), 0)
+
+
 def _plain(model: nn.Module, batches: list[Tensor], **options: object) -> LowRankModule:
-    target = Keep(params=0.5, of="sites", regauge=bool(options.pop("regauge", False)))
+    share, regauge = options.pop("share", 0.5), bool(options.pop("regauge", False))
+    target = Keep(params=share, of="sites", regauge=regauge)  # type: ignore[arg-type]
     return lowrank_fx.optimize(model, batches, target=target, compile=False, progress=False, **options)  # type: ignore[arg-type]
 
 
@@ -73,6 +88,12 @@ def _folded(model: nn.Module, batches: list[Tensor]) -> LowRankModule:
 
 def _regauged(model: nn.Module, batches: list[Tensor]) -> LowRankModule:
     return _plain(model, batches, regauge=True)
+
+
+def _shared(model: nn.Module, batches: list[Tensor]) -> LowRankModule:
+    made = _plain(model, batches, share=0.6)
+    assert any(site.shares for site in made.plan.sites)
+    return made
 
 
 def _tree(model: nn.Module, batches: list[Tensor]) -> LowRankModule:
@@ -102,6 +123,7 @@ KINDS: dict[str, tuple[type[nn.Module], tuple[int, ...], Make]] = {
     "tucker": (Convs, (4, 3, 8, 8), _tucker),
     "folded": (Convs, (4, 3, 8, 8), _folded),
     "sharded": (Mlp, (32, 16), _plain),
+    "shared": (Siblings, (32, 16), _shared),
 }
 """By the folder's name: the model, the shape of a batch, and how it is made."""
 

@@ -31,7 +31,7 @@ HOUSE = (
     "passes.fold_batchnorm",
     "passes.observe_taps",
     *("passes.factorize_linear", "passes.factorize_regauged", "passes.factorize_conv", "passes.factorize_bmm"),
-    "passes.fold_factors",
+    *("passes.pack_shared_input", "passes.fold_factors"),
     *("site_graph", "passes.composition", "passes.merge_adapters", "passes.restore_pairs", "passes.merge_pairs"),
     "passes.order",
     *(
@@ -54,7 +54,7 @@ HOUSE = (
     *("refit", "closed_loop", "norms", "corrections", "scored", "refine"),
     *("planners.problem", "planners.budget", "planners.marginal", "planners.metric"),
     *("planners.energy", "planners.uniform", "planners"),
-    *("timed_operators", "timing_cache", "timings", "site_times", "account", "offers"),
+    *("timed_operators", "timing_cache", "timings", "site_times", "account", "shared_inputs", "offers"),
     *("settle", "session", "payoff", "measuring", "refinement"),
     *("folding", "pairs"),
     *("example_calls", "manifest", "transfer"),

@@ -78,6 +78,7 @@ def test_every_format_that_can_be_read_has_golden_folders() -> None:
     assert max(path.stat().st_size for path in GOLDEN.rglob("*.*")) < 40_000
     forms = {entry.form for folder in FOLDERS for entry in read_manifest(folder).plan.factored}
     assert {"lowrank", "channel", "channel_in", "tucker2"} <= forms
+    assert any(site.shares for site in read_manifest(GOLDEN / f"v{FORMAT}" / "shared" / "saved").plan.sites)
 
 
 def test_a_plan_of_an_older_version_may_lack_new_fields(monkeypatch: pytest.MonkeyPatch) -> None:

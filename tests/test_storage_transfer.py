@@ -20,6 +20,7 @@ from lowrank_fx.errors import StorageError
 from lowrank_fx.forms import FORMS, Factors
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.manifest import PLAN_FILE
+from lowrank_fx.plan import SitePlan
 from lowrank_fx.sites import Site, SiteCall
 from lowrank_fx.sketch import FrequentDirections
 from lowrank_fx.transfer import transferred
@@ -30,6 +31,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def entry_of(site: Site, form: str) -> SitePlan:
+    """What a plan says of a site; only form and basis count here."""
+    sizes = (site.out_features, site.in_features)
+    return SitePlan(site.name, site.weight, form, 3, *sizes, (0, 0), (0, 0), 0.0, 0.0, 0.0, "")
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -76,7 +83,7 @@ def nearest(site: Site, weight: Tensor, factors: Factors) -> Tensor:
 def test_a_plain_projection_follows_the_weight_all_the_way(kind: str) -> None:
     site, weight, factors = layer(kind)
     other = weight + 0.1 * rows(*site.shape, seed=10)
-    made = transferred(site, kind.split()[0], other, factors, 0.0)
+    made = transferred(site, entry_of(site, kind.split()[0]), other, factors, 0.0)
     expected = nearest(site, other, factors)
     # Both are least squares in float64 with condition numbers below 100.
     torch.testing.assert_close(made.factor_in, expected, rtol=1e-9, atol=1e-9)
@@ -91,12 +98,12 @@ def test_a_fitted_factor_goes_a_part_of_the_way(kind: str) -> None:
     fitted = replace(plain, factor_in=plain.factor_in + 0.1 * rows(*plain.factor_in.shape, seed=11))
     gap = float((plain.dense_matrix() - fitted.dense_matrix()).norm())
     # The weight that it was: the same objects come back.
-    assert transferred(site, kind.split()[0], weight, fitted, gap) is fitted
+    assert transferred(site, entry_of(site, kind.split()[0]), weight, fitted, gap) is fitted
     other = weight + rows(*site.shape, seed=12)
     there = replace(fitted, factor_in=nearest(site, other, fitted))
     share = 1 - (gap / float((there.dense_matrix() - fitted.dense_matrix()).norm())) ** 2
     assert 0.05 < share < 1
-    made = transferred(site, kind.split()[0], other, fitted, gap)
+    made = transferred(site, entry_of(site, kind.split()[0]), other, fitted, gap)
     expected = fitted.factor_in + share * (there.factor_in - fitted.factor_in)
     torch.testing.assert_close(made.factor_in, expected, rtol=1e-8, atol=1e-8)
 
@@ -111,7 +118,7 @@ def test_a_batch_of_matrices_and_a_transposed_weight() -> None:
         factors = replace(
             blank, factor_in=torch.zeros_like(blank.factor_in), factor_out=rows(*blank.factor_out.shape, seed=2)
         )
-        made = transferred(site, "lowrank", weight, factors, 0.0)
+        made = transferred(site, entry_of(site, "lowrank"), weight, factors, 0.0)
         torch.testing.assert_close(made.factor_in, nearest(site, weight, factors), rtol=1e-9, atol=1e-9)
 
 
@@ -123,13 +130,13 @@ def test_what_the_outputs_directions_chose_is_the_nearest_already() -> None:
     sketch.update(rows(200, 20, seed=3, dtype=torch.float32) * torch.linspace(3, 0.1, 20))
     form = FORMS["lowrank"]
     factors = form.factor(site, weight, form.curve(site, weight, sketch), 4, sketch)
-    again = transferred(site, "lowrank", weight, factors, 0.0)
+    again = transferred(site, entry_of(site, "lowrank"), weight, factors, 0.0)
     # Rounded to float32 once more.
     torch.testing.assert_close(again.dense_matrix(), factors.dense_matrix(), rtol=1e-5, atol=1e-6)
     # For any other weight, and any inputs, what comes of it is no further away than the stored pair is.
     for seed in range(5):
         other = weight + 0.03 * rows(12, 20, seed=seed, dtype=torch.float32)
-        moved = transferred(site, "lowrank", other, factors, 0.0)
+        moved = transferred(site, entry_of(site, "lowrank"), other, factors, 0.0)
         x = rows(50, 20, seed=100 + seed) * torch.logspace(0, -seed, 20, dtype=torch.float64)
         errors = [float((x @ (other.double() - each.dense_matrix()).T).norm()) for each in (moved, factors)]
         assert errors[0] < errors[1]
@@ -140,10 +147,10 @@ def test_a_regauged_pair_is_regauged_again() -> None:
     weight, second = rows(12, 20), rows(12, 4, seed=1)
     pair = Factors(torch.linalg.pinv(second) @ weight, second, None).regauged()
     assert pair.factor_in.shape == (4, 16)
-    kept = transferred(site, "lowrank", weight, pair, 1e-9)
+    kept = transferred(site, entry_of(site, "lowrank"), weight, pair, 1e-9)
     assert kept is pair
     other = weight + 0.1 * rows(12, 20, seed=2)
-    moved = transferred(site, "lowrank", other, pair, 1e-9)
+    moved = transferred(site, entry_of(site, "lowrank"), other, pair, 1e-9)
     assert moved.gauge is not None
     assert moved.factor_in.shape == (4, 16)
     projection = second @ torch.linalg.pinv(second) @ other
@@ -234,7 +241,7 @@ def test_other_weights_are_followed(regauge: bool, tmp_path: Path, monkeypatch: 
         other = changed(model, share)
         made = load(other, tmp_path / "first", strict=False)
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "transferred", lambda site, form, weight, factors, gap: factors)
+            patch.setattr(storage, "transferred", lambda site, entry, weight, factors, gap: factors)
             stale = error(load(other, tmp_path / "first", strict=False), other, inputs)
         # Measured: 1.000, .996 and .941 of the error with the stored factors; re-gauged 1.000, .990 and .902.
         assert error(made, other, inputs) < gain * stale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,11 +26,13 @@ class Saved:
         folder: where it was read from.
         plan: its plan.
         tensors: its tensors by name.
+        firsts: the names of first factors that several layers use, by the name of the layer that has it.
     """
 
     folder: Path
     plan: Plan
     tensors: Mapping[str, Tensor]
+    firsts: Mapping[str, str]
 
     def rewritten(self, graph: RegionGraph) -> GraphModule | None:
         """A region with the stored factors in it; None if the plan factors none of its layers.
@@ -44,10 +46,11 @@ class Saved:
             return None
         self._check_folded(graph)
         own = {id(tensor) for tensor in (*graph.module.parameters(), *graph.module.buffers())}
-        empty = {name: (site, self._blank(graph, site)) for name, site in sites.items()}
+        empty = {name: (site, self._blank(graph, site, sites)) for name, site in sites.items()}
+        copies = self._copies(sites)
         made = graph.factorize(empty, clone=False).module
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-            stored = self.tensors.get(name)
+            stored = self.tensors.get(copies.get(name, name))
             if stored is None and id(tensor) in own:
                 continue  # as the model has it: a name of its own that the saved graph did not need
             if stored is None or stored.shape != tensor.shape:
@@ -70,7 +73,15 @@ class Saved:
                     "call lowrank_fx.load instead"
                 )
 
-    def _blank(self, graph: RegionGraph, site: Site) -> Factors:
+    def _copies(self, sites: Mapping[str, Site]) -> dict[str, str]:
+        """The first factors that layers share with one in another region, and so hold themselves: stored as what."""
+        shared = {entry.name: entry.shares for entry in self.plan.factored if entry.shares is not None}
+        # The stored module knows the owner's name for it.
+        return {
+            site.attribute("factor_in"): self.firsts[shared[name]] for name, site in sites.items() if name in shared
+        }
+
+    def _blank(self, graph: RegionGraph, site: Site, sites: Mapping[str, Site]) -> Factors:
         entry = next(entry for entry in self.plan.factored if entry.name == site.name)
         if (entry.out_features, entry.in_features) != (site.out_features, site.in_features) or entry.rank is None:
             raise StorageError(
@@ -81,7 +92,10 @@ class Saved:
             raise StorageError(
                 f"{self.folder}: {site.name!r} is re-gauged, which plan= does not take; call lowrank_fx.load instead"
             )
-        return FORMS[entry.form].blank(site, graph.weight(site), entry.rank)
+        blank = FORMS[entry.form].blank(site, graph.weight(site), entry.rank)
+        if entry.shares is None or entry.shares not in sites:
+            return blank
+        return replace(blank, first=sites[entry.shares].attribute("factor_in"))
 
 
 def read_saved(root: nn.Module | None, folder: str) -> Saved:
@@ -102,7 +116,9 @@ def read_saved(root: nn.Module | None, folder: str) -> Saved:
         artifact = storage.load(root, path)
     module = artifact.program.module
     tensors = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-    return Saved(path, artifact.plan, tensors)
+    owners = {entry.shares for entry in artifact.plan.factored if entry.shares is not None}
+    firsts = {name: artifact.sites[name].attribute("factor_in") for name in owners}
+    return Saved(path, artifact.plan, tensors, firsts)
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

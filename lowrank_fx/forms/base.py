@@ -80,6 +80,8 @@ class Factors:
         factor_mid: of a form with three factors, applied between the two: ``[groups * rank, rank of factor_in,
             *kernel]``.
         gauge: the pivots of a pair that is re-gauged, whose ``factor_in`` is ``[rank, in - rank]``; None for any other.
+        first: the fully qualified name of the parameter that holds ``factor_in``, where that is another layer's; None
+            where the site has one of its own.
 
     The kernels of a convolution's factors never both span a dimension; ``geometry.py`` says which of them strides.
     """
@@ -91,6 +93,7 @@ class Factors:
     stacked: bool = False
     factor_mid: Tensor | None = None
     gauge: Gauge | None = None
+    first: str | None = None
 
     @property
     def rank(self) -> int:
@@ -102,6 +105,11 @@ class Factors:
         """The factors by the names that they are registered under, in the order of their application."""
         mid = {} if self.factor_mid is None else {"factor_mid": self.factor_mid}
         return {"factor_in": self.factor_in, **mid, "factor_out": self.factor_out}
+
+    def names(self, site: Site) -> dict[str, str]:
+        """Where a graph holds each of :attr:`tensors` for a site: fully qualified names of parameters."""
+        own = {leaf: site.attribute(leaf) for leaf in self.tensors}
+        return own if self.first is None else own | {"factor_in": self.first}
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A pair as matrices, one below the other for several groups: ``[groups * rank, in]``, ``[out, rank]``."""

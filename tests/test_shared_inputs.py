@@ -1,0 +1,321 @@
+"""One first factor for layers that have the same input: its mathematics, and the plans that it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_fx
+from lowrank_fx import Keep, LowRankModule, Refine, optimize
+from lowrank_fx.batches import Call
+from lowrank_fx.capture import capture
+from lowrank_fx.curves import SiteCurves
+from lowrank_fx.double_sided import double_sided
+from lowrank_fx.errors import PlanError
+from lowrank_fx.forms import FORMS
+from lowrank_fx.forms.output import OutputForm
+from lowrank_fx.graph_program import count_flops
+from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.plan import Plan
+from lowrank_fx.planners.problem import Option
+from lowrank_fx.shared_inputs import Joint, joined
+from lowrank_fx.sites import SiteTable
+from lowrank_fx.sketch import FrequentDirections
+
+WIDTH, RANK = 24, 6
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Attention(nn.Module):
+    """Query and key look at the same few directions of their input, the value at all of them; a residual network."""
+
+    def __init__(self, *, alike: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(3))
+        self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+        for place, layer in enumerate((self.q, self.k)):
+            seen = rows(RANK, WIDTH, seed=7 if alike else 8 + place)
+            left = rows(WIDTH, RANK, seed=20 + place)
+            layer.weight.data = 0.3 * left @ seen / RANK**0.5 + 0.01 * rows(WIDTH, WIDTH, seed=30 + place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).mT / WIDTH**0.5
+        x = x + scores.softmax(-1) @ self.v(x)
+        made: Tensor = x + self.down(self.up(x).relu())
+        return made
+
+
+def made(**kwargs: bool) -> Attention:
+    torch.manual_seed(0)
+    return Attention(**kwargs).eval()
+
+
+def batches(count: int = 6) -> list[Tensor]:
+    return [rows(4, 10, WIDTH, seed=seed) + 0.5 for seed in range(count)]
+
+
+# ---- the mathematics -------------------------------------------------------------------------------------------------
+
+
+def problem_of(
+    model: nn.Module,
+    x: Tensor,
+    ranks: dict[str, int],
+    gradients: dict[str, Tensor] | None = None,
+    size: int | None = None,
+) -> tuple[SiteTable, dict[str, SiteCurves], dict[str, Option]]:
+    """Curves of layers whose rows are ``x``, and options at the given ranks."""
+    gm = capture(model, Call((x[None],), {})).graph_module
+    table = find_sites(gm)
+    sketch = FrequentDirections(x.shape[1], size)
+    sketch.update(x)
+    form = FORMS["lowrank"]
+    assert isinstance(form, OutputForm)
+    curves, chosen = {}, {}
+    for site in table.sites:
+        if site.name not in ranks:
+            continue
+        weight, name = gm.get_parameter(site.weight), "lowrank"
+        curve = form.curve(site, weight, sketch)
+        if gradients is not None:
+            own = FrequentDirections(site.out_features)
+            own.update(gradients[site.name])
+            name, curve = "lowrank@gradient", double_sided(form, site, weight, sketch, own)
+        curves[site.name] = SiteCurves(site, weight, sketch, {name: curve})
+        rank = ranks[site.name]
+        params = form.params(site, rank)
+        chosen[site.name] = Option(name, rank, params, params, curve.error(rank), 0.1, 0)
+    return table, curves, chosen
+
+
+def layer_error(x: Tensor, joint: Joint, curves: dict[str, SiteCurves]) -> float:
+    """The squared error of all layers' outputs, each weighed as the group weighs it, by its definition in float64."""
+    total = 0.0
+    centred = (x - x.mean(0)).double()
+    for left, (site, factors) in zip(joint.lefts, joint.factors(curves).values(), strict=True):
+        change = curves[site.name].weight.detach().double() - factors.dense_matrix()
+        total += float((left.T @ change @ centred.T).square().sum())
+    return total
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_predicted_effects_are_those_of_the_factors(gradient: bool) -> None:
+    x = rows(4000, WIDTH) @ rows(WIDTH, WIDTH, seed=1) + 1
+    gradients = {name: rows(500, WIDTH, seed=place) for place, name in enumerate("qkv")} if gradient else None
+    table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3, "v": 3}, gradients)
+    (joint,) = joined(table, curves, chosen)
+    assert {site.name for site in joint.sites} == {"q", "k"}
+    assert joint.rank == 3 * 2 * (2 * WIDTH) // (3 * WIDTH)
+    predicted = math.fsum(effect**2 for effect in joint.effects)
+    # The prior row of every exact sketch is one in 4000.
+    assert layer_error(x, joint, curves) == pytest.approx(predicted, rel=2e-3)
+    assert predicted < math.fsum(chosen[site.name].effect ** 2 for site in joint.sites)
+
+
+def test_no_first_factor_does_better() -> None:
+    x = rows(2000, WIDTH) @ rows(WIDTH, WIDTH, seed=1)
+    table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3})
+    (joint,) = joined(table, curves, chosen)
+    best = layer_error(x, joint, curves)
+    first = joint.first({name: own.weight for name, own in curves.items()}, curves["q"].sketch)
+    torch.testing.assert_close(first @ first.T, torch.eye(joint.rank, dtype=torch.float64))
+    for seed in range(5):
+        other = first + 0.05 * rows(*first.shape, seed=seed).double()
+        sketch, total = curves["q"].sketch, 0.0
+        for left, site in zip(joint.lefts, joint.sites, strict=True):
+            factors = joint.second(site, curves[site.name].weight, other, sketch)
+            change = curves[site.name].weight.detach().double() - factors.dense_matrix()
+            total += float((left.T @ change @ (x - x.mean(0)).double().T).square().sum())
+        assert total > best
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_the_second_factor_is_the_least_squares_fit(size: int | None) -> None:
+    x = rows(3000, WIDTH) @ torch.diag(0.6 ** torch.arange(WIDTH)) + 2
+    table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3}, size=size)
+    (joint,) = joined(table, curves, chosen)
+    for site, factors in joint.factors(curves).values():
+        weight = curves[site.name].weight.detach().double()
+        centred = (x - x.mean(0)).double()
+        fit = torch.linalg.lstsq(centred @ factors.factor_in.double().T, centred @ weight.T).solution.T
+        found, best = (
+            float(((weight - second @ factors.factor_in.double()) @ centred.T).norm())
+            for second in (factors.factor_out.double(), fit)
+        )
+        assert found <= best * (1.001 if size is None else 1.02)
+        assert factors.shift is not None
+        mean = x.double().mean(0)
+        torch.testing.assert_close(factors.shift, weight @ mean - factors.dense_matrix() @ mean, rtol=1e-4, atol=1e-4)
+        assert factors.first == (None if site.name == "q" else "q.factor_in")
+
+
+def test_layers_that_look_at_other_directions_stay_apart() -> None:
+    x = rows(2000, WIDTH)
+    table, curves, chosen = problem_of(made(alike=False), x, {"q": 6, "k": 6})
+    assert joined(table, curves, chosen) == ()
+    nothing = {name: replace(option, effect=0.0) for name, option in chosen.items()}
+    assert joined(table, curves, nothing) == ()
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+TARGET = Keep(params=0.45, of="sites")
+
+
+def optimized(model: nn.Module | None = None, **kwargs: object) -> LowRankModule:
+    options = {"target": TARGET, "compile": False, "progress": False} | kwargs
+    return optimize(made() if model is None else model, batches(), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def small() -> LowRankModule:
+    return optimized()
+
+
+def sharing(plan: Plan) -> dict[str, str | None]:
+    return {site.name: site.shares for site in plan.sites if site.basis == "shared"}
+
+
+def test_the_plan_says_who_shares_and_the_model_holds_it_once(small: LowRankModule) -> None:
+    plan = small.plan
+    assert sharing(plan) == {"q": None, "k": "q"}
+    assert "shared inputs" in plan.candidate
+    assert any("q, k" in note for note in plan.notes)
+    held = dict(small.named_parameters())
+    assert "q.factor_in" in held
+    assert "k.factor_in" not in held
+    assert sum(value.numel() for value in held.values()) == plan.totals.model_params[1]
+    assert count_flops(small.artifact.program.module, Call((batches()[0],), {})) == plan.totals.model_flops[1]  # type: ignore[arg-type]
+    assert plan.totals.kept("params", "sites") <= 0.45
+    assert sum(site.params[1] for site in plan.sites) == plan.totals.site_params[1]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert "lowrank@shared" in str(small.report())
+
+
+def test_it_wins_on_held_out_rows(small: LowRankModule) -> None:
+    errors = dict(small.plan.candidates)
+    (shared,) = (error for name, error in errors.items() if name.endswith("shared inputs"))
+    assert shared < min(error for name, error in errors.items() if "shared" not in name)
+    assert small.plan.select_error <= shared
+    with torch.no_grad():
+        x = rows(64, 10, WIDTH, seed=99) + 0.5
+        wanted = made()(x)
+        error = float((small(x) - wanted).norm() / wanted.norm())
+    assert error == pytest.approx(small.plan.error, rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_plan(small: LowRankModule) -> None:
+    assert optimized().plan.to_json() == small.plan.to_json()
+    assert small.replan(TARGET).plan.to_json() == small.plan.to_json()
+
+
+@pytest.mark.parametrize("target", [Keep(params=0.45, of="sites", regauge=True), lowrank_fx.Tolerance(0.2)])
+def test_other_targets_keep_pairs_apart(small: LowRankModule, target: lowrank_fx.targets.Target) -> None:
+    again = small.replan(target)
+    assert not sharing(again.plan)
+    assert all(site.shares is None for site in again.plan.sites)
+
+
+def test_a_layer_without_bias_shares_too() -> None:
+    model = made(bias=False)
+    small = optimized(model)
+    assert sharing(small.plan) == {"q": None, "k": "q"}
+    x = batches()[0]
+    with torch.no_grad():
+        assert float((small(x) - model(x)).norm() / model(x).norm()) < 0.2
+
+
+# ---- what comes after ------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_it_is_the_same(small: LowRankModule, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    loaded = lowrank_fx.load(made(), tmp_path, compile=False)
+    x = batches()[0]
+    torch.testing.assert_close(loaded(x), small(x))
+    assert loaded.plan == small.plan
+    assert set(dict(loaded.named_parameters())) == set(dict(small.named_parameters()))
+    # Other weights: the second factors follow, the first one stays.
+    other = made()
+    with torch.no_grad():
+        for layer in (other.q, other.k):
+            layer.weight += 0.05 * rows(WIDTH, WIDTH, seed=50)
+    moved = lowrank_fx.load(other, tmp_path, compile=False, strict=False)
+    torch.testing.assert_close(moved.get_parameter("q.factor_in"), small.get_parameter("q.factor_in"))
+    with torch.no_grad():
+        wanted = other(x)
+        assert float((moved(x) - wanted).norm()) < float((small(x) - wanted).norm())
+        same = lowrank_fx.load(made(), tmp_path, compile=False, strict=False)
+        torch.testing.assert_close(same(x), small(x))
+
+
+@pytest.mark.parametrize("names", [["q"], ["k"], ["q", "k"], None])
+def test_folded_layers_pay_for_themselves(small: LowRankModule, names: list[str] | None, tmp_path: Path) -> None:
+    folded = small.fold(names)
+    x = batches()[0]
+    torch.testing.assert_close(folded(x), small(x), rtol=1e-4, atol=1e-5)
+    assert sum(value.numel() for value in folded.parameters()) == folded.plan.totals.model_params[1]
+    assert count_flops(folded.artifact.program.module, Call((x,), {})) == folded.plan.totals.model_flops[1]  # type: ignore[arg-type]
+    folded.save(tmp_path)
+    torch.testing.assert_close(lowrank_fx.load(made(), tmp_path, compile=False)(x), folded(x))
+    rest = folded.fold(None)
+    assert sum(value.numel() for value in rest.parameters()) == rest.plan.totals.model_params[1]
+    assert rest.plan.totals.kept("params", "sites") == 1
+
+
+def test_refined_it_learns_one_first_factor(tmp_path: Path) -> None:
+    small = optimized(refine=Refine(steps=8, lr=1e-3))
+    assert sharing(small.plan) == {"q": None, "k": "q"}
+    assert small.plan.refinement is not None
+    assert small.plan.refinement.after <= small.plan.refinement.before
+    assert "k.factor_in" not in dict(small.named_parameters())
+    small.save(tmp_path)
+    torch.testing.assert_close(lowrank_fx.load(made(), tmp_path, compile=False)(batches()[0]), small(batches()[0]))
+
+
+def test_exported_it_multiplies_once(small: LowRankModule, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the ONNX extra is not installed")
+    pytest.importorskip("onnxruntime", reason="the ONNX extra is not installed")
+    path = tmp_path / "small.onnx"
+    small.export_onnx(path, fold=False)
+    graph = onnx.load(path).graph
+    firsts = [name for node in graph.node if node.op_type == "MatMul" for name in node.input if "factor_in" in name]
+    assert len(firsts) == sum(site.factored and site.shares is None for site in small.plan.sites)
+
+
+@pytest.fixture
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_the_backend_takes_such_a_plan(small: LowRankModule, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    model = made()
+    fast = torch.compile(model, backend="lowrank_fx", options={"plan": str(tmp_path), "inner": "eager"})
+    x = batches()[0]
+    with torch.no_grad():
+        fast(x)
+        torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_whose_sharing_makes_no_sense_is_refused(small: LowRankModule) -> None:
+    def changed(**fields: object) -> str:
+        sites = tuple(replace(site, **fields) if site.name == "k" else site for site in small.plan.sites)  # type: ignore[arg-type]
+        return replace(small.plan, sites=sites).to_json()
+
+    with pytest.raises(PlanError, match=r"site 'k': it uses the first factor of 'x', which has none of its own"):
+        Plan.from_json(changed(shares="x"))
+    with pytest.raises(PlanError, match=r"site 'k': it cannot use the first factor of 'q', which is another"):
+        Plan.from_json(changed(rank=1))
