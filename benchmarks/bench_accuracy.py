@@ -59,12 +59,14 @@ class Lead:
         variants: which variants of forms take part.
         allocate: spends the budget.
         corrected: how the factors are corrected afterwards: ``""``, ``"refitted"`` or ``"closed loop"``.
+        shared: layers with one input have one first factor where that is predicted to do better.
     """
 
     name: str
     variants: Variants
     allocate: Allocator
     corrected: str = ""
+    shared: bool = False
 
 
 def _basic(form: str, basis: str) -> bool:
@@ -87,6 +89,7 @@ LEADS = (
     Lead("+ gradient basis", _any, by_effect),
     Lead("+ refitted", _any, by_effect, "refitted"),
     Lead("+ closed loop instead", _any, by_effect, "closed loop"),
+    Lead("+ one first factor for several", _any, by_effect, "closed loop", shared=True),
 )
 
 
@@ -197,8 +200,10 @@ def _raced(session: Session, variants: Variants) -> Session:
 
 def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, object]:
     """The model of a lead, and what tells it from another."""
+    pick = lead.allocate(session.problem, target.quantity, session.budget(target))
+    if lead.shared:
+        session, pick = session.sharing(pick) or (session, pick)
     problem: Problem = session.problem
-    pick = lead.allocate(problem, target.quantity, session.budget(target))
     factored = session.maker.corrected(problem.factored(pick), lead.corrected)
     model = ProgramModule(session.program.factorize(factored, clone=False))
     return model, (problem.factored(pick), lead.corrected)

@@ -177,23 +177,30 @@ class Session:
             return self._shared(target, quantity, outcome)
         return self._finish(target, quantity, outcome)
 
-    def _shared(self, target: Keep, quantity: CostKind, outcome: Outcome) -> Planned:
-        """The plan of an outcome, with one first factor for layers that have one input where held-out rows like it.
+    def sharing(self, pick: Pick) -> tuple[Session, Pick] | None:
+        """A pick with one first factor for the layers that are predicted to do better with it; None where none are.
 
-        A clock measures pairs, and a re-gauged pair has no first factor to share, so only plain budgets come by here.
+        A clock measures pairs, and a re-gauged pair has no first factor to share, so both keep layers apart.
+
+        Returns:
+            The session in whose problem those layers have that option, and the pick there.
         """
-        possible = self.times is None and not self.regauge and type(self.program) is GraphProgram
-        chosen = self.problem.chosen(outcome.pick)
-        joints = joined(self.table, self.curves, chosen) if possible and "effect" in planner(self.planner) else ()
+        if self.times is not None or self.regauge or type(self.program) is not GraphProgram:
+            return None
+        joints = joined(self.table, self.curves, self.problem.chosen(pick))
         if not joints:
-            return self._finish(target, quantity, outcome)
+            return None
         session = replace(self, joints=joints)
         shared = {site.name for joint in joints for site in joint.sites}
-        options = session.problem.options
-        pick = tuple(
-            len(options[name]) - 1 if name in shared else index
-            for name, index in self.problem.indices(outcome.pick).items()
-        )
+        options, indices = session.problem.options, self.problem.indices(pick)
+        return session, tuple(len(options[name]) - 1 if name in shared else index for name, index in indices.items())
+
+    def _shared(self, target: Keep, quantity: CostKind, outcome: Outcome) -> Planned:
+        """The plan of an outcome, with one first factor for several layers where held-out rows like it."""
+        found = self.sharing(outcome.pick) if "effect" in planner(self.planner) else None
+        if found is None:
+            return self._finish(target, quantity, outcome)
+        session, pick = found
         factors = session.maker.factors(session.problem.factored(pick), final=False)
         error = joint_error(self.program, factors, self.calibration.select_batches)
         candidate = f"{outcome.candidate}, shared inputs"
