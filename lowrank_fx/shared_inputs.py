@@ -43,8 +43,8 @@ from lowrank_fx.sketch import FrequentDirections
 
 FORM = "lowrank"
 
-MOST_DIVIDED = 4
-"""Of up to so many layers with one input, every group is tried; of more, all of them together."""
+MOST_DIVIDED, WIDEST_DIVIDED = 4, 1024
+"""Of up to so many layers with one input of at most such a width, every group is tried; else all of them together."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Joint:
         effects: what each is predicted to do to the model's output, squares adding up.
         errors: of each, relative, in its own metric.
         lefts: what each weight is multiplied by from the left to give its part of K: ``[m, q]``.
+        start: the first factor for the weights and rows that it was planned for: float64 ``[rank, d]``.
     """
 
     sites: tuple[Site, ...]
@@ -64,6 +65,7 @@ class Joint:
     effects: tuple[float, ...]
     errors: tuple[float, ...]
     lefts: tuple[Tensor, ...] = field(repr=False)
+    start: Tensor = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -94,8 +96,7 @@ class Joint:
         """
         stack = _stacked(self.sites, self.lefts, weights)
         basis, _ = group_spectrum(stack, sketch.parts[0], self.sites[0].centered, self.rank)
-        orthonormal: Tensor = torch.linalg.qr((basis[:, : self.rank].T @ stack).T).Q.T
-        return orthonormal
+        return _spanned(basis[:, : self.rank], stack)
 
     def second(self, site: Site, weight: Tensor, first: Tensor, sketch: Sketch) -> Factors:
         """The factors of one of the layers, in the weight's dtype and on its device.
@@ -119,10 +120,11 @@ class Joint:
 
     def factors(self, curves: Mapping[str, SiteCurves]) -> dict[str, tuple[Site, Factors]]:
         """All layers with their factors, by site name."""
-        weights = {site.name: curves[site.name].weight for site in self.sites}
         sketch = curves[self.sites[0].name].sketch
-        first = self.first(weights, sketch)
-        return {site.name: (site, self.second(site, weights[site.name], first, sketch)) for site in self.sites}
+        made = {}
+        for site in self.sites:
+            made[site.name] = site, self.second(site, curves[site.name].weight, self.start, sketch)
+        return made
 
 
 def joined(table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option]) -> tuple[Joint, ...]:
@@ -167,7 +169,7 @@ def _families(table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mappin
 
 
 def _groups(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
-    if len(sites) > MOST_DIVIDED:
+    if len(sites) > MOST_DIVIDED or sites[0].in_features > WIDEST_DIVIDED:
         return [tuple(sites)]
     return [group for size in range(2, len(sites) + 1) for group in itertools.combinations(sites, size)]
 
@@ -201,7 +203,7 @@ def _join(sites: tuple[Site, ...], curves: Mapping[str, SiteCurves], chosen: Map
         effects.append(math.sqrt(left_over))
         errors.append(math.sqrt(left_over / whole) if whole > 0 else 0.0)
         start += left.shape[1]
-    return Joint(sites, rank, tuple(effects), tuple(errors), kept)
+    return Joint(sites, rank, tuple(effects), tuple(errors), kept, _spanned(basis[:, :rank], stack))
 
 
 def _left(curves: SiteCurves, option: Option) -> Tensor | None:
@@ -225,6 +227,12 @@ def _stacked(sites: Sequence[Site], lefts: Sequence[Tensor], weights: Mapping[st
     """K, float64 ``[sum of q, d]``."""
     parts = zip(sites, lefts, strict=True)
     return torch.cat([left.T @ site.matrix(weights[site.name].detach()).double() for site, left in parts])
+
+
+def _spanned(basis: Tensor, stack: Tensor) -> Tensor:
+    """Orthonormal rows that span those of P^T K, float64 ``[rank, d]``: a first factor that rounds well."""
+    orthonormal: Tensor = torch.linalg.qr((basis.T @ stack).T).Q.T
+    return orthonormal
 
 
 def _applied_gram(sketch: FrequentDirections, centered: bool, matrix: Tensor) -> Tensor:
