@@ -40,8 +40,9 @@ class LowRankModule(Exporting, ProgramModule):
 
     Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
     ``layer.0.q.factor_in`` and ``layer.0.q.factor_out`` in place of ``layer.0.q.weight``; layers with one first factor
-    hold it once, under the name of the first of them. It trains, moves and saves like any module. It was captured in eval mode: ``train()`` sets the flag, but dropout stays off and batch norms
-    stay folded. Dtypes that ``forward`` itself spells out stay as captured: cast a model before optimizing it.
+    hold it once, under the name of the first of them. It trains, moves and saves like any module. It was captured in
+    eval mode: ``train()`` sets the flag, but dropout stays off and batch norms stay folded. Dtypes that ``forward``
+    itself spells out stay as captured: cast a model before optimizing it.
 
     Attributes:
         artifact: program, plan and timing.
