@@ -2,8 +2,8 @@
 
 *A shared first factor*: sites that read one activation (q, k and v; gate and up) are factored as one stacked matrix,
 r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). The product has it since
-(``shared_inputs.py``); accuracy.md has what it is worth there. *Re-gauge* (``gauge.py``): how fast a pair is without the
-r^2 numbers that change nothing; accuracy.md has what they buy. The page goes to results/ideas.md.
+(``shared_inputs.py``); accuracy.md has what it is worth there. *Re-gauge* (``gauge.py``): how fast a pair is without
+the r^2 numbers that change nothing; accuracy.md has what they buy. The page goes to results/ideas.md.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from lowrank_fx import Keep, storage, weight_files
 from lowrank_fx._files import sha256_file
 from lowrank_fx.errors import StorageError
 from lowrank_fx.latency import PairedTiming
+from lowrank_fx.manifest import FORMAT
 from lowrank_fx.module import LowRankModule
 
 
@@ -302,17 +303,17 @@ def test_a_missing_or_unreadable_plan_is_refused(model: Net, saved: Path, tmp_pa
     with pytest.raises(StorageError, match=r"plan\.json is not valid JSON"):
         load(model, saved)
     (saved / "plan.json").write_text("[]")
-    with pytest.raises(StorageError, match="a format from 1 to 2 is expected, the file says 'list'"):
+    with pytest.raises(StorageError, match=f"a format from 1 to {FORMAT} is expected, the file says 'list'"):
         load(model, saved)
 
 
 def test_another_format_version_is_refused(model: Net, saved: Path) -> None:
-    edit_plan(saved, lambda data: data.update(format=3))
-    with pytest.raises(StorageError, match=r"of format 3, which is newer than format 2, .* upgrade lowrank_fx"):
+    edit_plan(saved, lambda data: data.update(format=FORMAT + 1))
+    with pytest.raises(StorageError, match=rf"of format {FORMAT + 1}, which is newer than format {FORMAT}, .* upgrade"):
         load(model, saved)
     for older in (0, -1, True, 2.0, "2", None):
         edit_plan(saved, lambda data, older=older: data.update(format=older))  # type: ignore[misc]
-        with pytest.raises(StorageError, match=f"a format from 1 to 2 is expected, the file says {older!r}"):
+        with pytest.raises(StorageError, match=f"a format from 1 to {FORMAT} is expected, the file says {older!r}"):
             load(model, saved)
 
 

@@ -17,7 +17,7 @@ from golden_folders import given
 from torch import Tensor
 
 from lowrank_fx import _files, storage, weight_files
-from lowrank_fx.manifest import PLAN_FILE
+from lowrank_fx.manifest import FORMAT, PLAN_FILE
 from lowrank_fx.storage import Artifact
 from lowrank_fx.weight_files import TEMPORARY_PATTERNS
 
@@ -181,4 +181,4 @@ def test_the_weights_are_on_the_disk_before_the_plan_names_them(
     monkeypatch.setattr(os, "replace", replace)
     storage.save(artifacts()[0], tmp_path, LIMIT)
     assert steps == [*(["sync file", "weights"] * 2), "sync folder", "sync file", "plan", "sync folder"]
-    assert _files.read_json(tmp_path / PLAN_FILE)["format"] == 2
+    assert _files.read_json(tmp_path / PLAN_FILE)["format"] == FORMAT
