@@ -278,10 +278,11 @@ def dense_reference(model: nn.Module, fast: Any) -> tuple[nn.Module | None, str]
     return reference, "float64"
 
 
-def _factors(fast: nn.Module, site: Any) -> list[Tensor]:
+def _factors(fast: Any, site: Any) -> list[Tensor]:
     """The two or three factors of a site, the one that meets the input first."""
-    held = dict(fast.named_parameters())
-    names = [site.attribute(leaf) for leaf in ("factor_in", "factor_mid", "factor_out")]
+    held, sites = dict(fast.named_parameters()), fast.artifact.sites
+    owner = next(entry.shares for entry in fast.plan.sites if entry.name == site.name) or site.name
+    names = [sites[owner].attribute("factor_in"), site.attribute("factor_mid"), site.attribute("factor_out")]
     return [_tensor(fast, name) for name in names if name in held]
 
 
