@@ -121,6 +121,7 @@ LEGEND = (
     "Speed-ups are against the original through torch.compile, medians of paired turns, without gradients. *Ideal*: "
     "FLOPs of the original over FLOPs of the plan. `Tolerance`, `Metric` and `Keep(latency=)` may not be slower than "
     f"the original: at least {NEVER_SLOWER:g} counts as equal, since two timings of one model differ by that much. "
+    "*frozen=True* is against the same original, whose weights are not frozen. "
     "Onnxruntime runs the exported files on as many threads. *Seconds* are those of `optimize` or `replan`, with "
     '`effort="low"`, timing and compilation included.'
 )
@@ -143,6 +144,8 @@ def section(name: str, case: Case, size: int) -> list[str]:
         timing = original.against(done._run) if done.plan.factored else None
         rows.append(_planned(str(target), name, size, done, timing, seconds))
         if done is made:
+            frozen = LowRankModule(made.artifact, None, compile=True, frozen=True)
+            rows.append(_row("the same, frozen=True", original.against(frozen._run), None))
             folded = made.fold()
             rows.append(_row("the same, folded", original.against(folded._run), None))
             rows += _onnx(original, made)
