@@ -310,6 +310,30 @@ def test_the_backend_takes_such_a_plan(small: LowRankModule, tmp_path: Path) -> 
         torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
 
 
+class Broken(Attention):
+    """Dynamo takes query and key in graphs of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.q(x)
+        torch._dynamo.graph_break()
+        x = x + (query @ self.k(x).mT / WIDTH**0.5).softmax(-1) @ self.v(x)
+        made: Tensor = x + self.down(self.up(x).relu())
+        return made
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_fresh")
+def test_across_a_graph_break_each_graph_holds_the_first_factor(small: LowRankModule, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    model = Broken().eval()
+    model.load_state_dict(made().state_dict())
+    fast = torch.compile(model, backend="lowrank_fx", options={"plan": str(tmp_path), "inner": "eager"})
+    x = batches()[0]
+    fast(x)
+    torch.testing.assert_close(fast(x), small(x), rtol=1e-4, atol=1e-5)
+    assert lowrank_fx.status(fast).phase == "factored"
+
+
 def test_a_plan_whose_sharing_makes_no_sense_is_refused(small: LowRankModule) -> None:
     def changed(**fields: object) -> str:
         sites = tuple(replace(site, **fields) if site.name == "k" else site for site in small.plan.sites)  # type: ignore[arg-type]

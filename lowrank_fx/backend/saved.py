@@ -25,14 +25,12 @@ class Saved:
     Attributes:
         folder: where it was read from.
         plan: its plan.
-        tensors: its tensors by name.
-        firsts: the names of first factors that several layers use, by the name of the layer that has it.
+        tensors: its tensors by name; a first factor that several layers use under the name that each would give it.
     """
 
     folder: Path
     plan: Plan
     tensors: Mapping[str, Tensor]
-    firsts: Mapping[str, str]
 
     def rewritten(self, graph: RegionGraph) -> GraphModule | None:
         """A region with the stored factors in it; None if the plan factors none of its layers.
@@ -47,10 +45,9 @@ class Saved:
         self._check_folded(graph)
         own = {id(tensor) for tensor in (*graph.module.parameters(), *graph.module.buffers())}
         empty = {name: (site, self._blank(graph, site, sites)) for name, site in sites.items()}
-        copies = self._copies(sites)
         made = graph.factorize(empty, clone=False).module
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-            stored = self.tensors.get(copies.get(name, name))
+            stored = self.tensors.get(name)
             if stored is None and id(tensor) in own:
                 continue  # as the model has it: a name of its own that the saved graph did not need
             if stored is None or stored.shape != tensor.shape:
@@ -72,14 +69,6 @@ class Saved:
                     f"{self.folder}: {line} in the {where}, which ends or begins at a graph break between the two; "
                     "call lowrank_fx.load instead"
                 )
-
-    def _copies(self, sites: Mapping[str, Site]) -> dict[str, str]:
-        """The first factors that layers share with one in another region, and so hold themselves: stored as what."""
-        shared = {entry.name: entry.shares for entry in self.plan.factored if entry.shares is not None}
-        # The stored module knows the owner's name for it.
-        return {
-            site.attribute("factor_in"): self.firsts[shared[name]] for name, site in sites.items() if name in shared
-        }
 
     def _blank(self, graph: RegionGraph, site: Site, sites: Mapping[str, Site]) -> Factors:
         entry = next(entry for entry in self.plan.factored if entry.name == site.name)
@@ -116,9 +105,13 @@ def read_saved(root: nn.Module | None, folder: str) -> Saved:
         artifact = storage.load(root, path)
     module = artifact.program.module
     tensors = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-    owners = {entry.shares for entry in artifact.plan.factored if entry.shares is not None}
-    firsts = {name: artifact.sites[name].attribute("factor_in") for name in owners}
-    return Saved(path, artifact.plan, tensors, firsts)
+    # A layer whose region has not the one that it shares with holds a first factor of its own there.
+    for entry in artifact.plan.factored:
+        if entry.shares is not None:
+            own, shared = (artifact.sites[name].attribute("factor_in") for name in (entry.name, entry.shares))
+            if shared in tensors:  # it is not where all of them were folded
+                tensors.setdefault(own, tensors[shared])
+    return Saved(path, artifact.plan, tensors)
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
