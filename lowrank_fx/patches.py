@@ -55,15 +55,15 @@ class Patch:
         Returns:
             ``[n, channels * kernel positions]``, ordered as a convolution weight flattened from dim 1.
         """
+        # Channels last: a position's channels then lie together, and every step of a patch is one run of memory.
         sides = [amount for side in reversed(self.padding) for amount in side]
-        padded = F.pad(activation, sides) if any(sides) else activation
-        dims = len(self.kernel)
-        places = list(torch.unravel_index(index, (activation.shape[0], *self.positions(*activation.shape[2:]))))
-        picks = [places[0].view(-1, *[1] * dims)]
-        for axis in range(dims):
-            own = torch.arange(self.kernel[axis], device=activation.device) * self.dilation[axis]
-            start = places[axis + 1] * self.stride[axis]
-            offsets = own.view(*[-1 if other == axis else 1 for other in range(dims)])
-            picks.append(start.view(-1, *[1] * dims) + offsets)
-        picked = padded.movedim(1, -1)[tuple(picks)]
-        return picked.movedim(-1, 1).flatten(1)
+        padded = F.pad(activation.movedim(1, -1), [0, 0, *sides]).contiguous()
+        space = padded.shape[1:-1]
+        start, *places = torch.unravel_index(index, (activation.shape[0], *self.positions(*activation.shape[2:])))
+        steps = index.new_zeros(1)
+        for axis, size in enumerate(space):
+            start = start * size + places[axis] * self.stride[axis]
+            own = torch.arange(self.kernel[axis], device=index.device) * self.dilation[axis]
+            steps = (steps[:, None] * size + own).flatten()
+        picked = padded.flatten(0, -2)[start[:, None] + steps]
+        return picked.transpose(1, 2).flatten(1)
