@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lowrank_fx.batches import Call
@@ -24,15 +24,18 @@ def opened(calls: Iterator[tuple[int, Call]]) -> tuple[tuple[int, Call], Iterato
     return first, itertools.chain([first], calls)
 
 
-def check_names(option: str, names: Sequence[str]) -> tuple[str, ...]:
+def check_names(option: str, names: Iterable[str]) -> tuple[str, ...]:
     """``names`` as a tuple.
 
     Raises:
-        OptionError: it is one string, or holds something else than strings.
+        OptionError: it is one string, no iterable, or holds something else than strings.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
         raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
-    return tuple(names)
+    names = tuple(names)
+    if not all(isinstance(name, str) for name in names):
+        raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
+    return names
 
 
 def check_shard(shard: tuple[int, int] | None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lowrank_fx.arguments import check_names
 from lowrank_fx.effort import EffortName, effort_of
 from lowrank_fx.errors import LowRankError, OptionError
 from lowrank_fx.plan import Plan
@@ -60,7 +61,7 @@ class BackendOptions:
                 f"{', '.join(sorted(legal))}"
             )
         target = _target({name: given.pop(name) for name in TARGETS if name in given})
-        made = cls(**{**given, "target": target, "skip": _patterns(given.get("skip", ()))})
+        made = cls(**{**given, "target": target, "skip": check_names("skip", given.get("skip", ()))})
         if isinstance(made.plan, os.PathLike):
             made = cls(**{**vars(made), "plan": os.fspath(made.plan)})
         made._check()
@@ -82,12 +83,6 @@ class BackendOptions:
             raise OptionError(
                 f"plan={self.plan!r:.80}: give the folder of a saved model, its plan.json, or a lowrank_fx.Plan"
             )
-
-
-def _patterns(skip: Any) -> tuple[str, ...]:
-    if isinstance(skip, str) or not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
-        raise OptionError(f"skip={skip!r}: give a list or tuple of names, such as skip=('*.pooler.*',)")
-    return tuple(skip)
 
 
 def _target(given: Mapping[str, Any]) -> Target:
