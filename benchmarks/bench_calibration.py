@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
@@ -44,6 +44,7 @@ from lowrank_fx.corrections import CORRECTIONS, Made
 from lowrank_fx.curves import error_curves
 from lowrank_fx.demo import load_encoder
 from lowrank_fx.effects import joint_error, measure_effects, measure_joint
+from lowrank_fx.effort import effort_of
 from lowrank_fx.gradients import output_gradients
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import paired_speedup
@@ -224,6 +225,8 @@ def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[
     session = stages(model, batches, after)
     del taken["calibrate"]  # once is not enough where it is compared; it is above
     plans = [plan_seconds(session, share) for share in SHARES]
+    low = replace(session, effort=effort_of("low"))
+    plans += [(f"{name}, low effort", *rest) for name, *rest in (plan_seconds(low, share) for share in SHARES)]
     header = ("model", "batches", "plain passes", "calibrate", "ratio", "IQR", "asked, at most", "met", "paired turns")
     return [
         "## Calibration against plain forward passes",
@@ -242,7 +245,8 @@ def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[
             "Seconds of `Session.plan`; the first plan also lists the options of every site. *Comparison*: candidates, "
             "corrected factors and the final plan on held-out batches. *Effects again*: around the plan. *Refit*: "
             "two numbers per output channel by least squares. *Closed loop*: every layer fitted to what the factored "
-            "layers before it give. *The rest*: factors, certified bounds."
+            "layers before it give. *The rest*: factors, certified bounds. *Low effort*: from the same session, as "
+            '`effort="low"` plans: nothing is measured around the plan and no loop is closed.'
         ),
         "",
         *common.table(("target", *PLAN_PARTS, "the rest", "in all", "in all but comparison and corrections"), plans),
