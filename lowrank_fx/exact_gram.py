@@ -28,7 +28,7 @@ from lowrank_fx.certificate import gaussian
 from lowrank_fx.linalg import psd_root
 from lowrank_fx.moments import UNIT, Moments, block_moments, full_precision, join, panels, reading_rho
 
-_BLOCK_ROWS = 4096
+BLOCK_ROWS = 4096
 """Rows in one float32 product: enough to hide the float64 sum behind it."""
 
 _FEW_ROWS, _MANY_ROWS = 256, 1024
@@ -126,7 +126,7 @@ class ExactGram:
         self._last = None
         count = rows.shape[0]
         if 2 * count > self.capacity:
-            for block in torch.split(rows, _BLOCK_ROWS):
+            for block in torch.split(rows, BLOCK_ROWS):
                 self._join_block(block, magnitude)
             return
         if self._buffered + count > self.capacity or rows.dtype != self._buffer.dtype:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_fx.errors import CalibrationError
+from lowrank_fx.exact_gram import BLOCK_ROWS
 from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.patches import Patch
 from lowrank_fx.sites import Tap
 
 MIN_ROWS = 1024
@@ -86,9 +88,9 @@ class TapObserver(nn.Module):
 
     def forward(self, activation: Tensor) -> None:
         """Sketch a sample of the activation's rows."""
-        rows, _ = self.sampled(activation)
         try:
-            self.sketch.update(rows)
+            for rows in self._blocks(activation):
+                self.sketch.update(rows)
         except CalibrationError as error:
             raise CalibrationError(f"batch {self.recorder.index}: the input of {self.layers}: {error}") from error
 
@@ -101,23 +103,35 @@ class TapObserver(nn.Module):
         Returns:
             The rows ``[n, width]``, and int64 ``[n]``, ascending, on the activation's device.
         """
+        activation = _strided(activation)
         patch = self.tap.patch
-        if activation.layout is not torch.strided:
-            activation = activation.to_dense()
+        if patch is not None:
+            index = self._positions(activation, patch)
+            return patch.extract(activation, index), index
+        laid_out = self._lay_out(activation)
+        places = laid_out.shape[:-1]
+        index = self._chosen(places.numel(), (), self._mask(places)).to(activation.device)
+        rows = laid_out.reshape(-1, self.tap.width)
+        return (rows if index.numel() == rows.shape[0] else rows[index]), index
+
+    def _blocks(self, activation: Tensor) -> Iterator[Tensor]:
+        """The rows that are sketched; of patches, which are many times the activation, a block at a time."""
+        patch = self.tap.patch
         if patch is None:
-            laid_out = self._lay_out(activation)
-            total = laid_out.shape[:-1].numel()
-            index = self._sample(total, self._mask(laid_out.shape[:-1])).to(activation.device)
-            rows = laid_out.reshape(-1, self.tap.width)
-            rows = rows if index.numel() == total else rows[index]
+            yield self.sampled(activation)[0]
         else:
-            total = patch.rows(activation)
-            index = self._sample(total, None).to(activation.device)
-            rows = patch.extract(activation, index)
+            activation = _strided(activation)
+            yield from patch.blocks(activation, self._positions(activation, patch), BLOCK_ROWS)
+
+    def _positions(self, activation: Tensor, patch: Patch) -> Tensor:
+        """The places of the patches that are sketched: int64 ``[n]``, on the activation's device."""
+        return self._chosen(patch.rows(activation), tuple(activation.shape[2:]), None).to(activation.device)
+
+    def _chosen(self, total: int, space: tuple[int, ...], mask: Tensor | None) -> Tensor:
+        """The places that are kept of a batch's rows, of which the first batch's number and space are noted."""
         if self.first_rows is None:
-            self.first_rows = total
-            self.first_space = () if patch is None else tuple(activation.shape[2:])
-        return rows, index
+            self.first_rows, self.first_space = total, space
+        return self._sample(total, mask)
 
     def _lay_out(self, activation: Tensor) -> Tensor:
         """The activation as ``[..., width]``: the groups of ``[..., groups, n, d]`` lie beside each other in a row."""
@@ -150,6 +164,10 @@ class TapObserver(nn.Module):
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
         chosen = torch.randperm(real.numel(), generator=generator, device="cpu")[:cap]
         return real[chosen.sort().values]
+
+
+def _strided(activation: Tensor) -> Tensor:
+    return activation if activation.layout is torch.strided else activation.to_dense()
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +56,21 @@ class Patch:
         Returns:
             ``[n, channels * kernel positions]``, ordered as a convolution weight flattened from dim 1.
         """
+        (rows,) = self.blocks(activation, index, max(len(index), 1))
+        return rows
+
+    def blocks(self, activation: Tensor, index: Tensor, most: int) -> Iterator[Tensor]:
+        """As :meth:`extract`, at most ``most`` patches at a time: no more of them are in memory at once."""
         # Channels last: a position's channels then lie together, and every step of a patch is one run of memory.
         sides = [amount for side in reversed(self.padding) for amount in side]
         padded = F.pad(activation.movedim(1, -1), [0, 0, *sides]).contiguous()
-        space = padded.shape[1:-1]
-        start, *places = torch.unravel_index(index, (activation.shape[0], *self.positions(*activation.shape[2:])))
+        space, positions = padded.shape[1:-1], (activation.shape[0], *self.positions(*activation.shape[2:]))
         steps = index.new_zeros(1)
-        for axis, size in enumerate(space):
-            start = start * size + places[axis] * self.stride[axis]
-            own = torch.arange(self.kernel[axis], device=index.device) * self.dilation[axis]
-            steps = (steps[:, None] * size + own).flatten()
-        picked = padded.flatten(0, -2)[start[:, None] + steps]
-        return picked.transpose(1, 2).flatten(1)
+        for size, kernel, dilation in zip(space, self.kernel, self.dilation, strict=True):
+            steps = (steps[:, None] * size + torch.arange(kernel, device=index.device) * dilation).flatten()
+        flat = padded.flatten(0, -2)
+        for part in torch.split(index, most):
+            start, *places = torch.unravel_index(part, positions)
+            for size, place, stride in zip(space, places, self.stride, strict=True):
+                start = start * size + place * stride
+            yield flat[start[:, None] + steps].transpose(1, 2).flatten(1)

@@ -63,9 +63,9 @@ class TimingCache:
 
     def load(self, environment: str) -> Entries:
         """What was measured in an environment; empty where there is no file that can be read."""
-        if not self.path.is_file():
-            return {}
         try:
+            if not self.path.is_file():
+                return {}
             data = read_json(self.path)
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 return {}
@@ -73,6 +73,9 @@ class TimingCache:
                 str(operator): {_pair(pair): _entry(values) for pair, values in pairs.items()}
                 for operator, pairs in data["environments"].get(environment, {}).items()
             }
+        except OSError as error:  # the folder cannot be looked into, or its name is too long
+            self._note(f"{self.path} cannot be read, so times are measured anew ({error})")
+            return {}
         except (StorageError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             self._note(f"{self.path} is damaged, so times are measured anew ({error})")
             return {}
@@ -86,8 +89,7 @@ class TimingCache:
             return
         try:
             environments = self._others()
-            own = {operator: _sound(pairs) for operator, pairs in environments.get(environment, {}).items()}
-            environments[environment] = own
+            own = environments.setdefault(environment, {})
             for operator, pairs in entries.items():
                 packed = {pair: [*astuple(entry.timing), entry.sure] for pair, entry in pairs.items()}
                 own.setdefault(operator, {}).update(packed)
@@ -102,8 +104,9 @@ class TimingCache:
         try:
             data = read_json(self.path)
             environments = data["environments"] if data.get("format") == FORMAT else {}
-            if all(isinstance(pairs, dict) for own in environments.values() for pairs in own.values()):
-                return dict(environments)
+            return {
+                name: {operator: _sound(pairs) for operator, pairs in own.items()} for name, own in environments.items()
+            }
         except (StorageError, KeyError, TypeError, AttributeError):
             pass
         return {}

@@ -82,6 +82,16 @@ def test_the_patches_of_a_grouped_convolution_divide_by_channels() -> None:
     assert observer.first_rows == halves[0].shape[0]
 
 
+def test_patches_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observer_room, "BLOCK_ROWS", 7)
+    x, patch, seen = values(2, 4, 6, 5), Patch((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), []
+    sketch = make_sketch(36, 1, None, x.device)
+    monkeypatch.setattr(sketch, "update", seen.append)
+    TapObserver(Tap("x", "x", 36, patch), sketch, 8, Recorder(0))(x)
+    assert [len(block) for block in seen] == [7] * 8 + [4]
+    assert torch.equal(torch.cat(seen), F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1))
+
+
 def test_no_images_at_all_are_no_rows() -> None:
     observer = observe(Tap("x", "x", 12, Patch((3,), (1,), ((1, 1),), (1,))), values(0, 4, 6))
     assert (observer.first_rows, observer.sketch.rows) == (0, 0)

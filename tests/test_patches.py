@@ -38,6 +38,9 @@ def test_patches_are_those_of_unfold(
     assert torch.equal(patch.extract(x, torch.arange(unfolded.shape[0])), unfolded)
     some = torch.randint(unfolded.shape[0], (4,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(patch.extract(x, some), unfolded[some])
+    blocks = list(patch.blocks(x, some, 3))
+    assert [len(block) for block in blocks] == [3, 1]
+    assert torch.equal(torch.cat(blocks), unfolded[some])
 
 
 @settings(max_examples=100, deadline=None)

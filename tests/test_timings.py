@@ -261,6 +261,25 @@ def test_a_damaged_file_is_passed_over_and_written_anew(tmp_path: Path, damage: 
     assert TimingCache(tmp_path).load("here")["a"] == {"lowrank 8": Entry(timing(2.0))}
 
 
+def test_a_bad_number_of_another_environment_does_not_stop_writing(tmp_path: Path) -> None:
+    bad = '{"lowrank 8": [NaN, 1, 1, 0, 9, false], "lowrank 16": [2, 1, 0.5, 0, 9, false]}'
+    (tmp_path / timing_cache.FILE).write_text(f'{{"format": 1, "environments": {{"there": {{"a": {bad}}}}}}}')
+    cache = TimingCache(tmp_path)
+    cache.store("here", {"a": {"lowrank 8": Entry(timing(2.0))}})
+    assert cache.notes == []
+    assert TimingCache(tmp_path).load("here")["a"] == {"lowrank 8": Entry(timing(2.0))}
+    assert list(TimingCache(tmp_path).load("there")["a"]) == ["lowrank 16"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_error(tmp_path: Path) -> None:
+    cache = TimingCache(tmp_path / ("x" * 300))  # too long a name for any file system
+    assert cache.load("here") == {}
+    cache.store("here", {"a": {"lowrank 8": Entry(timing(2.0))}})
+    read, written = cache.notes
+    assert "cannot be read, so times are measured anew" in read
+    assert "cannot be written, so times are measured again the next time" in written
+
+
 def test_a_file_of_another_version_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = {"a": {"lowrank 8": Entry(timing(2.0))}}
     TimingCache(tmp_path).store("here", entries)
