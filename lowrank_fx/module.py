@@ -228,12 +228,13 @@ def build(
                 times.share_of_sites = share_of_sites(session, times)
             times.survey()
         _, (plan, chosen, _), speeds, timing = settle(own, target, time_of)
-        plan = replace(plan, notes=(*plan.notes, *(times.notes if times is not None else ())))
     else:
         plan, chosen, _ = own.planned(target)
         speeds = times.speeds(plan) if times is not None else {}
+    said = list(times.notes) if times is not None else []
     if cause is not None:
-        plan = replace(plan, notes=(*plan.notes, f"it runs without torch.compile, which refuses this model: {cause}"))
+        said.append(f"it runs without torch.compile, which refuses this model: {cause}")
+    plan = replace(plan, notes=(*said, *plan.notes))  # the reason why the original came back is the last one
     if refine is not None and chosen.factored:
         plan, program = refined_plan(session, plan, chosen, refine, checkpoint)
         made = make(plan, chosen, program)

@@ -18,12 +18,13 @@ from lowrank_fx.forms import DENSE
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.session import Planned, Session
-from lowrank_fx.site_times import slower
+from lowrank_fx.site_times import SiteTimes, slower
 from lowrank_fx.targets import Keep, Metric, Target, Tolerance
 from lowrank_fx.timings import CONFIDENCE, SiteSpeed
 
 SLOWER = "the factored model measured slower than the original, so the original came back"
 NONE_PAYS = "no layer that the plan chose measured faster factored, so the original came back"
+NONE_TIMED_FASTER = "no layer measured faster factored, at any rank that was timed, so the original came back"
 NOT_WITHIN = "without the layers that measured slower the plan no longer holds, so the original came back"
 NOT_SCORED = "some layers measured slower, and no call of the metric was left for a plan without them"
 
@@ -86,7 +87,22 @@ def settle(session: Session, target: Target, time_of: TimeOf) -> Timed:
     if isinstance(target, Keep) and target.of == "model" and found.timing and not _within(target, found.timing):
         word = f"the model measured at {1 / found.timing.speedup:.1%} of the original's time, asked {target.share:.1%}"
         found = found._replace(planned=_noted(found.planned, word))
+    if isinstance(target, Keep) and target.of == "sites" and session.times is not None:
+        word = f"the layers that can be factored take {_share_of_sites(session.times, session, found.planned.plan):.1%}"
+        word += f" of the time they took, by the times of the layers one by one; asked {target.share:.1%}"
+        found = found._replace(planned=_noted(found.planned, word))
     return found
+
+
+def _share_of_sites(times: SiteTimes, session: Session, plan: Plan) -> float:
+    """What is left of the sites' time, as they were timed one by one."""
+    kept = {site.name: site for site in plan.factored}
+    before = after = 0
+    for site in session.table.sites:
+        before += times.nanoseconds(site)
+        own = kept.get(site.name)
+        after += times.nanoseconds(site) if own is None else times.nanoseconds(site, own.form, own.rank or 0)
+    return after / max(before, 1)
 
 
 def _within(target: Keep, timing: PairedTiming) -> bool:
@@ -108,6 +124,8 @@ def _chosen(session: Session, target: Target, share: float | None) -> Timed:
     planned, times = session.planned(target, share), session.times
     if times is None:
         return Timed(session, planned, {})
+    if not planned.made.factored and not any(len(own) > 1 for own in session.problem.options.values()):
+        return Timed(session, _noted(planned, NONE_TIMED_FASTER) if any(times.offered.values()) else planned, {})
     speeds = times.speeds(planned.plan)
     for _ in range(REPLANS):
         if not isinstance(target, Keep) or _affordable(session, target, share, planned):

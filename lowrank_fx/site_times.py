@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.double_sided import SHARED, split_variant
-from lowrank_fx.plan import Plan
+from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import obeys_speed
 from lowrank_fx.timed_operators import Operator, Pair, Run, dense_run
@@ -106,9 +106,12 @@ class SiteTimes:
             pair: what it becomes.
             sure: measure it again where it is in doubt which is faster.
         """
+        return self._measured(self._operators(site), came_as(site), pair, sure)
+
+    def _measured(self, operators: Sequence[Operator], before: Pair | None, pair: Pair, sure: bool) -> SiteSpeed | None:
         dense = seconds = variance = 0.0
-        flops, before = [0, 0], came_as(site)
-        for operator in self._operators(site):
+        flops = [0, 0]
+        for operator in operators:
             timing, base = self.timings.timing(operator, pair, sure=sure), None
             if before is not None:
                 base = self.timings.timing(operator, before, sure=sure)
@@ -131,17 +134,26 @@ class SiteTimes:
     def speeds(self, plan: Plan) -> dict[str, SiteSpeed]:
         """The measured speed of every site that a plan factors, at the rank that it has there.
 
-        Where nothing hangs on which is faster, what is in doubt is not measured again.
+        Where nothing hangs on which is faster, what is in doubt is not measured again. Layers with one first factor
+        each have the speed of all of them together: that of one layer with the outputs of all.
         """
         found, sure = {}, obeys_speed(plan.target)
         sites = {site.name: site for site in self.table.sites}
+        families: dict[str, list[SitePlan]] = {}
         for entry in plan.factored:
-            if entry.basis == SHARED:
-                continue  # one of several layers that compute their first product together
             assert entry.rank is not None
+            if entry.basis == SHARED:
+                families.setdefault(entry.shares or entry.name, []).append(entry)
+                continue
             speed = self.measured(sites[entry.name], Pair(entry.form, entry.rank, entry.pivots is not None), sure=sure)
             if speed is not None:
                 found[entry.name] = speed
+        for family in families.values():
+            together = self._together([sites[entry.name] for entry in family])
+            assert family[0].rank is not None
+            speed = self._measured(together, None, Pair(family[0].form, family[0].rank), sure)
+            if speed is not None:
+                found |= {entry.name: speed for entry in family}
         self.timings.flush()
         return found
 
@@ -162,6 +174,15 @@ class SiteTimes:
             for form, own in ranks.items():
                 for rank in survey_ranks(own, count):
                     yield operator, Pair(form, rank)
+
+    def _together(self, sites: Sequence[Site]) -> list[Operator]:
+        """Layers with one input as one layer."""
+        outputs = sum(site.out_features for site in sites)
+        shape = (outputs, sites[0].in_features)
+        return [
+            replace(own, site=replace(own.site, out_features=outputs, shape=shape, transposed=False))
+            for own in self._operators(sites[0])
+        ]
 
     def _operators(self, site: Site) -> list[Operator]:
         if site.name not in self._calls:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lowrank_fx
 from lowrank_fx import Keep, Metric, TargetError, Tolerance, storage, timed_operators
 from lowrank_fx import module as module_file
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.module import LowRankModule
-from lowrank_fx.payoff import NONE_PAYS, SLOWER
+from lowrank_fx.payoff import NONE_PAYS, NONE_TIMED_FASTER, SLOWER
 from lowrank_fx.plan import Plan
 from lowrank_fx.timed_operators import Operator, Pair
 from lowrank_fx.timings import USUAL_SECONDS, survey_ranks
@@ -163,6 +164,8 @@ def test_where_no_layer_pays_the_original_comes_back(fast: LowRankModule, table:
     assert made.timing is None
     assert table.timed == []
     assert all("measured slower: 0.80x" in site.reason for site in made.plan.sites if site.name in ("0", "2", "4"))
+    assert made.plan.notes[-1] == NONE_TIMED_FASTER
+    assert NONE_TIMED_FASTER[3:] in " ".join(str(made.report()).split())
 
 
 def test_where_every_layer_fails_its_second_timing_the_original_comes_back_with_a_word(
@@ -179,6 +182,18 @@ def test_where_every_layer_fails_its_second_timing_the_original_comes_back_with_
     assert made.plan.notes[-1] == NONE_PAYS
     assert sum("measured slower: 0.90x at rank" in site.reason for site in made.plan.sites) > 1
     assert table.timed == []
+
+
+def test_the_reason_is_the_last_word_whatever_else_there_is_to_say(
+    fast: LowRankModule, table: Table, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LOWRANK_FX_CACHE", str(tmp_path / "file"))
+    table.speed = lambda operator, pair: 0.8
+    made = fast.replan(Tolerance(0.3))
+    assert any("cannot be written" in note for note in made.plan.notes)
+    assert made.plan.notes[-1] == NONE_TIMED_FASTER
+    assert any("cannot be written" in note for note in fast.replan(Keep(flops=0.6)).plan.notes)
 
 
 def test_without_compiling_no_layer_is_timed(
@@ -281,7 +296,12 @@ def test_less_time_costs_more_error(fast: LowRankModule, table: Table) -> None:
 
 def test_a_share_of_the_sites_time_leaves_the_rest_out(fast: LowRankModule, table: Table) -> None:
     made = fast.replan(Keep(latency=0.6, of="sites"))
-    assert (time_left(made) - (1 - SHARE)) / SHARE <= 0.6 + 1e-5
+    left = (time_left(made) - (1 - SHARE)) / SHARE
+    assert left <= 0.6 + 1e-5
+    told = re.match(r"the layers that can be factored take ([\d.]+)% of the time they took", made.plan.notes[-1])
+    assert told is not None
+    assert abs(float(told[1]) / 100 - left) < 0.0006  # a digit behind the point
+    assert made.plan.notes[-1].endswith("asked 60.0%")
 
 
 def test_layers_that_are_slower_by_the_clock_take_no_part(fast: LowRankModule, table: Table) -> None:
@@ -354,6 +374,35 @@ def test_a_budget_gives_the_same_plan_whatever_the_times(
     assert set(timed.artifact.speeds) == set(slow.artifact.speeds) == names
     assert slow.timing is not None
     assert slow.timing.speedup == 0.5
+
+
+class Shared(nn.Module):
+    """Two layers that look at the same few directions of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        seen = torch.randn(6, 32, generator=generator)
+        self.query, self.key = nn.Linear(32, 32), nn.Linear(32, 48)
+        for layer in (self.query, self.key):
+            layer.weight.data = 0.3 * torch.randn(layer.out_features, 6, generator=generator) @ seen
+        self.out = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.out(F.pad(self.query(x), (0, 16)) * self.key(x))
+        return made
+
+
+def test_layers_that_share_a_first_factor_are_timed_together(table: Table) -> None:
+    batches = [torch.randn(64, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    made = lowrank_fx.optimize(Shared().eval(), batches, target=Keep(params=0.3, of="sites"), progress=False)
+    shared = {site.name: site for site in made.plan.factored if site.basis == "shared"}
+    assert set(shared) == {"query", "key"}
+    rank = shared["query"].rank
+    assert rank is not None
+    assert ((80, 32), rank) in table.asked
+    assert made.artifact.speeds["query"] == made.artifact.speeds["key"]
+    assert made.artifact.speeds["query"].flop_ratio == pytest.approx(32 * 80 / (rank * (32 + 80)))
 
 
 def test_the_report_puts_speed_beside_flops_and_names_what_does_not_pay(
