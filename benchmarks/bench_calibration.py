@@ -56,7 +56,7 @@ from lowrank_fx.sites import SiteTable
 MOST_RATIO = 2.0
 """Seconds of calibration over seconds of plain forward passes that are asked for at most."""
 
-IMAGES = {"deit3_small_patch16_224": (8, 32), "resnet50": (8, 32)}
+IMAGES = {"deit_small_patch16_224": (8, 32), "resnet50": (8, 32)}
 """Image models with random weights, and how many batches of how many images of 224 x 224 calibrate them."""
 
 SHARES = (0.8, 0.67, 0.5)

@@ -290,14 +290,13 @@ def check_refine(refine: object, *, clone: bool) -> Refine | None:
 
 
 def measure(session: Session, candidate: LowRankModule) -> PairedTiming:
-    """Time a candidate against the user's own model, in paired turns, on the first calibration batch."""
+    """Time a candidate, as users call it, against their own model, in paired turns, on the first calibration batch."""
     call = session.calibration.effect_batches[0].call.map(torch.clone)
     model = unwrap(session.model)
     baseline = session.compiled_original(frozen=candidate.frozen) if candidate.compiled else model
-    run = candidate._run
     program = candidate.artifact.program
     device = program.device
     with preserved(model), preserved(program.module), torch.no_grad():  # hooks of the user's must not see these runs
         return paired_speedup(
-            lambda: baseline(*call.args, **call.kwargs), lambda: run(*call.args, **call.kwargs), device=device
+            lambda: baseline(*call.args, **call.kwargs), lambda: candidate(*call.args, **call.kwargs), device=device
         )
