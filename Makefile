@@ -19,8 +19,9 @@ test: $(VENV)/.stamp-test  ## run the tests, without those marked slow
 	$(VENV)/bin/python -m pytest -n auto
 
 bench: $(VENV)/.stamp-bench  ## measure accuracy, cost, speed and exports, into benchmarks/results (hours)
-	set -e; for name in accuracy calibration sketch scaling ideas speed_ideas layers models peers export backend; do \
-	  $(VENV)/bin/python benchmarks/bench_$$name.py; done
+	@failed=; for name in accuracy calibration solving sketch scaling ideas speed_ideas layers models peers export backend; do \
+	  echo "bench_$$name.py"; $(VENV)/bin/python benchmarks/bench_$$name.py || failed="$$failed bench_$$name.py"; done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 zoo: $(VENV)/.stamp-test  ## check every architecture of the zoo, into benchmarks/results
 	$(VENV)/bin/python benchmarks/bench_zoo.py

@@ -201,13 +201,9 @@ def against_plain(name: str, model: nn.Module, batches: Sequence[Any], rounds: i
 
 def image_model(name: str) -> tuple[nn.Module, list[Tensor]]:
     """A model of timm with random weights, and random images for it."""
-    import timm
-
     count, size = IMAGES[name]
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        model: nn.Module = timm.create_model(name, pretrained=False).eval()
-        return model, [torch.randn(size, 3, 224, 224) for _ in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    return common.image_model(name), [torch.randn(size, 3, 224, 224, generator=generator) for _ in range(count)]
 
 
 def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[str]:

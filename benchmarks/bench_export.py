@@ -134,8 +134,7 @@ def timed(made: LowRankModule, files: Sequence[Exported], batch: dict[str, Tenso
     """What onnxruntime takes for one batch, and how far it is from the model."""
     tensors = list(batch.values()) if isinstance(batch, dict) else [batch]
     feeds = {name: tensor.numpy() for name, tensor in zip(files[0].inputs, tensors, strict=True)}
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
+    settings = common.onnx_options()
     settings.log_severity_level = 4
     sessions = [
         onnxruntime.InferenceSession(str(file.path), settings, providers=["CPUExecutionProvider"]) for file in files
@@ -188,7 +187,7 @@ def page(found: dict[str, Findings]) -> list[str]:
     versions = f"onnxruntime {onnxruntime.__version__}, opset {next(iter(found.values())).files[0].opset}"
     return [
         *common.paragraph(
-            f"`{TARGET}` without refinement, {versions}, CPU, {torch.get_num_threads()} threads, float32. *Error*: "
+            f"`{TARGET}` without refinement, {versions}, CPU, float32, as many threads as torch. *Error*: "
             "relative L2 over all floating outputs, onnxruntime against the factored (or folded) model itself in "
             "eager mode; the column after it also holds what each export found on held-out rows at two batch sizes. "
             "*ms*: median of paired turns. All but MiniLM have random weights, and small configurations; what is "

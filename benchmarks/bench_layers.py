@@ -4,7 +4,12 @@ Linear layers and convolutions at a third of the break-even rank, compiled, agai
 turns; and against their two products run one by one on inputs at hand, which is the best that a pair of products can
 do. Nothing is calibrated and no data is needed: speed does not depend on values.
 
-The page goes to results/layers.md, every figure to results/layers.csv, the chart to results/layers.svg.
+What is measured is listed in layer_shapes.csv, or in the file of ``--shapes``: a line per layer and input with its
+``kind`` (linear, conv3x3, conv1x1 or separable), channels or features ``in`` and ``out``, the input's height and width
+``size`` (1 for linear layers) and ``images`` (rows for linear layers).
+
+The page goes to results/layers.md, the chart to results/layers.svg, every figure to results/layers.csv, which is
+written after each case.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import charts
 import common
@@ -22,19 +29,16 @@ from torch import Tensor, nn
 
 from lowrank_fx import cost
 from lowrank_fx._files import write_atomic
-from lowrank_fx._render import number
 from lowrank_fx.latency import PairedTiming, paired_speedup
 
-ROWS = (1, 16, 256, 1024, 4096, 8192)
-FEATURES = ((384, 384), (384, 1536), (768, 768), (768, 3072), (1024, 4096), (4096, 4096))
-"""Input and output features of linear layers."""
-
-IMAGES = ((64, 56, 1), (128, 28, 1), (256, 14, 1), (64, 56, 8), (128, 28, 8), (256, 14, 8))
-"""Channels, height (and width), images."""
-
+SHAPES = common.HERE / "layer_shapes.csv"
+FIELDS = ("kind", "in", "out", "size", "images")
 DTYPES = (torch.float32, torch.bfloat16)
-MOST_WORK = 1.2e11
-"""FLOPs of a dense call above which a shape is left out: it would be measured for minutes."""
+MOST_WORK = 4e10
+"""FLOPs of a dense call above which a shape is left out: about half a second on two cores, and it is called often."""
+
+MULTIPLE = 8
+"""Of ranks: what vector units and caches like."""
 
 MANY_ROWS = 256
 OVER_PRODUCTS, OVER_IDEAL, WORST = 0.95, 0.90, 0.80
@@ -46,17 +50,16 @@ class Case:
     """One layer with one input.
 
     Attributes:
-        form: ``"lowrank"``, ``"channel"``, ``"spatial"`` or ``"channel 1x1"``.
+        form: ``"lowrank"``, ``"channel"``, ``"spatial"``, ``"channel 1x1"`` or ``"depthwise 1x1"``.
         shape: of the layer, as text.
         rows: rows of the input; for a convolution, positions of its output.
         dtype: of weights and input.
         rank: of the pair.
-        dense: the layer.
-        first: the pair's first product.
+        dense: the layer, behind its depthwise neighbour where it has one.
+        first: the pair's first product, behind that neighbour likewise.
         second: its second.
         example: the input.
         ideal: FLOPs of the layer over those of the pair.
-        flops: of the layer, on this input.
     """
 
     form: str
@@ -69,65 +72,143 @@ class Case:
     second: nn.Module
     example: Tensor
     ideal: float
-    flops: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer and the size of its input, as listed.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        into: features or channels of the input.
+        out: of the output.
+        size: height and width of the input; 1 for linear layers.
+        images: how many; for linear layers, rows.
+    """
+
+    kind: str
+    into: int
+    out: int
+    size: int
+    images: int
+
+    def __str__(self) -> str:
+        layer = str(self.into) if self.into == self.out and self.kind != "linear" else f"{self.into} to {self.out}"
+        return layer if self.kind == "linear" else f"{layer} at {self.size} x {self.size}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input; for a convolution, positions of its output."""
+        return self.images * self.size**2
+
+    @property
+    def flops(self) -> float:
+        """Of the dense layer, its depthwise neighbour left out."""
+        return 2.0 * self.rows * self.into * self.out * (9 if self.kind == "conv3x3" else 1)
 
 
 def main() -> None:
-    """Measure every case, and write the page."""
+    """Measure every case, write the figures after each, and the page at the end, whatever ends it."""
     parser = common.option_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=1.5, help="for each comparison (default: %(default)s)")
-    parser.add_argument("--fewer", action="store_true", help="two shapes of each form, to see that all works")
+    parser.add_argument("--shapes", type=Path, default=SHAPES, help="what to measure (default: layer_shapes.csv)")
+    parser.add_argument("--fewer", action="store_true", help="two lines of each kind, to see that all works")
     options = parser.parse_args()
-    facts = common.machine(options.date)
-    measured = []
-    with torch.no_grad():
-        for case in cases(options.fewer):
-            figures = measure(case, options.seconds)
-            measured.append((case, *figures))
-            said = f"{case.form:<12} {case.shape:<14} {case.rows:>6} rows {name_of(case.dtype):<9}"
-            print(
-                f"{said} {figures[0].speedup:.2f}x of {case.ideal:.2f}x, {figures[1]:.2f} of its products", flush=True
-            )
-    page = ["# How fast a factored layer is", "", *facts, "", *common.paragraph(LEGEND), "", *summary(measured)]
-    page += ["", "![speed-up over FLOP ratio by rows](layers.svg)", "", *details(measured)]
+    try:
+        shapes = read_shapes(options.shapes)
+    except (OSError, ValueError) as error:
+        parser.error(f"--shapes {options.shapes}: {error}")
+    if options.fewer:
+        shapes = [shape for kind in KINDS for shape in [each for each in shapes if each.kind == kind][:2]]
+    chosen = [shape for shape in shapes if shape.flops <= MOST_WORK]
+    left = left_out([shape for shape in shapes if shape.flops > MOST_WORK])
+    print(left, flush=True)
+    facts, started = common.machine(options.date), time.monotonic()
+    measured: list[Figures] = []
     options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "layers.csv", as_csv(measured).encode())
-    charts.lines(
-        options.out / "layers.svg",
-        curves(measured),
-        "rows of the input",
-        "measured speed-up over FLOP ratio",
-        level=1.0,
-    )
-    common.publish(options.out, "layers.md", page)
+    try:
+        with torch.no_grad():
+            for case in cases(chosen):
+                figures = measure(case, options.seconds)
+                measured.append((case, *figures))
+                write_atomic(options.out / "layers.csv", as_csv(measured).encode())
+                said = f"{case.form:<14} {case.shape:<18} {case.rows:>6} rows {name_of(case.dtype):<9}"
+                print(
+                    f"{said} {figures[0].speedup:.2f}x of {case.ideal:.2f}x, {figures[1]:.2f} of its products",
+                    flush=True,
+                )
+    finally:
+        if measured:
+            done = (
+                f"{len(measured)} of {planned(chosen)} cases, {(time.monotonic() - started) / 60:.0f} minutes. {left}"
+            )
+            page = ["# How fast a factored layer is", "", *facts, "", *common.paragraph(LEGEND), ""]
+            page += [*common.paragraph(done), "", *summary(measured)]
+            page += ["", "![speed-up over FLOP ratio by rows](layers.svg)", "", *details(measured)]
+            charts.lines(
+                options.out / "layers.svg",
+                curves(measured),
+                "rows of the input",
+                "measured speed-up over FLOP ratio",
+                level=1.0,
+            )
+            common.publish(options.out, "layers.md", page)
 
 
 LEGEND = (
-    "Each layer at a third of its break-even rank, rounded to a multiple of 16, compiled by inductor, without "
+    f"Each layer at a third of its break-even rank, rounded to a multiple of {MULTIPLE}, compiled by inductor, without "
     "gradients. *Ideal*: FLOPs of the layer over FLOPs of the pair. *Of ideal*: the measured speed-up over that. *Of "
     "its products*: the time of the pair's two products, each compiled and called by itself on an input at hand, over "
-    "the time of the compiled pair. Convolutions are 3 x 3 with padding unless said, as many channels out as in, their "
-    "input channels-last as inductor keeps it between convolutions; their rows are output positions. `layers.csv` has "
-    "every figure with its spread."
+    "the time of the compiled pair. Convolutions are 3 x 3 with padding unless said, their input channels-last as "
+    "inductor keeps it between convolutions; their rows are output positions. *Depthwise 1x1*: a 3 x 3 depthwise "
+    "convolution and the 1 x 1 one behind it, which alone is factored; the depthwise one is in all times and FLOPs, "
+    "beside the first product. `layers.csv` has every figure with its spread."
 )
 
 Figures = tuple[Case, PairedTiming, float, float]
 """A case, its speed-up over dense, its share of what the products reach, and that one's interquartile range."""
 
 
-def cases(fewer: bool) -> Iterator[Case]:
-    """Every layer with every input that is not too much work."""
+def read_shapes(path: Path) -> list[Shape]:
+    """The lines of a file of shapes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is no shape; the message says which.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise ValueError(f"its first line must be {','.join(FIELDS)}")
+        shapes = []
+        for row in reader:
+            kind, numbers = row["kind"], [row[field] or "" for field in FIELDS[1:]]
+            if kind not in KINDS or not all(number.isdecimal() and int(number) for number in numbers):
+                raise ValueError(f"line {reader.line_num}: give one of {', '.join(KINDS)}, and four numbers above 0")
+            shape = Shape(kind, *map(int, numbers))
+            if kind == "linear" and shape.size != 1:
+                raise ValueError(f"line {reader.line_num}: a linear layer's size is 1, its rows are its images")
+            shapes.append(shape)
+    return shapes
+
+
+def cases(shapes: Sequence[Shape]) -> Iterator[Case]:
+    """Every layer in every form and dtype."""
     for dtype in DTYPES:
-        for into, out in FEATURES[:2] if fewer else FEATURES:
-            for rows in ROWS[1:4:2] if fewer else ROWS:
-                case = _linear(into, out, rows, dtype)
-                if case.flops <= MOST_WORK:
-                    yield case
-        for channels, size, images in IMAGES[:2] if fewer else IMAGES:
-            for make in (_channel, _spatial, _pointwise):
-                case = make(channels, size, images, dtype)
-                if case.flops <= MOST_WORK:
-                    yield case
+        for shape in shapes:
+            for make in KINDS[shape.kind]:
+                yield make(shape, dtype)
+
+
+def planned(shapes: Sequence[Shape]) -> int:
+    """How many cases there are."""
+    return len(DTYPES) * sum(len(KINDS[shape.kind]) for shape in shapes)
+
+
+def left_out(shapes: Sequence[Shape]) -> str:
+    """Which shapes are too much work, in words."""
+    listed = (f"{shape.kind} {shape} on {shape.rows:,} rows ({shape.flops:.1e})" for shape in shapes)
+    return f"Left out for more than {MOST_WORK:.0e} FLOPs per call: {'; '.join(listed) or 'none'}."
 
 
 def measure(case: Case, seconds: float) -> tuple[PairedTiming, float, float]:
@@ -151,73 +232,93 @@ def measure(case: Case, seconds: float) -> tuple[PairedTiming, float, float]:
 
 
 def third_of_break_even(out_features: int, in_features: int) -> int:
-    """A third of the break-even rank, as a multiple of 16.
+    """A third of the break-even rank, as a multiple of 8.
 
     >>> third_of_break_even(1536, 384)
-    96
+    104
     """
-    return max(16, round(cost.break_even_rank(out_features, in_features) / 3 / 16) * 16)
+    third = cost.break_even_rank(out_features, in_features) / 3
+    return max(1, round(third / MULTIPLE)) * MULTIPLE
 
 
-def _linear(into: int, out: int, rows: int, dtype: torch.dtype) -> Case:
+def _linear(shape: Shape, dtype: torch.dtype) -> Case:
+    into, out = shape.into, shape.out
     rank = third_of_break_even(out, into)
     return Case(
         form="lowrank",
-        shape=f"{into} to {out}",
-        rows=rows,
+        shape=str(shape),
+        rows=shape.rows,
         dtype=dtype,
         rank=rank,
         dense=nn.Linear(into, out).to(dtype),
         first=nn.Linear(into, rank, bias=False).to(dtype),
         second=nn.Linear(rank, out).to(dtype),
-        example=_random(rows, into, dtype=dtype),
+        example=_random(shape.rows, into, dtype=dtype),
         ideal=into * out / (rank * (into + out)),
-        flops=2.0 * rows * into * out,
     )
 
 
 def _convolution(
-    form: str, channels: int, size: int, images: int, dtype: torch.dtype, rank: int, *kernels: tuple[int, int]
+    form: str, shape: Shape, dtype: torch.dtype, rank: int, *kernels: tuple[int, int], depthwise: bool = False
 ) -> Case:
     """A layer of a kernel, and its pair: kernels of the layer, the first factor and the second."""
 
-    def conv(into: int, out: int, kernel: tuple[int, int], bias: bool) -> nn.Module:
+    def conv(into: int, out: int, kernel: tuple[int, int], bias: bool, groups: int = 1) -> nn.Module:
         padding = tuple(side // 2 for side in kernel)
-        layer = nn.Conv2d(into, out, kernel, padding=padding, bias=bias)  # type: ignore[arg-type]
-        return layer.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer = nn.Conv2d(into, out, kernel, padding=padding, groups=groups, bias=bias)  # type: ignore[arg-type]
+        made: nn.Module = layer.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return made
 
     whole, one, two = kernels
-    dense = channels * whole[0] * whole[1] * channels
-    pair = rank * channels * (one[0] * one[1] + two[0] * two[1])
-    rows = images * size * size
+    into, out = shape.into, shape.out
+    dense = into * whole[0] * whole[1] * out
+    pair = rank * (into * one[0] * one[1] + out * two[0] * two[1])
+    layer, first = conv(into, out, whole, True), conv(into, rank, one, False)
+    if depthwise:
+        before = conv(into, into, (3, 3), True, groups=into)
+        layer, first = nn.Sequential(before, layer), nn.Sequential(before, first)
+        dense, pair = dense + 9 * into, pair + 9 * into
     return Case(
         form=form,
-        shape=f"{channels} at {size} x {size}",
-        rows=rows,
+        shape=str(shape),
+        rows=shape.rows,
         dtype=dtype,
         rank=rank,
-        dense=conv(channels, channels, whole, True),
-        first=conv(channels, rank, one, False),
-        second=conv(rank, channels, two, True),
-        example=_random(images, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last),
+        dense=layer,
+        first=first,
+        second=conv(rank, out, two, True),
+        example=_random(shape.images, into, shape.size, shape.size, dtype=dtype).to(memory_format=torch.channels_last),
         ideal=dense / pair,
-        flops=2.0 * rows * dense,
     )
 
 
-def _channel(channels: int, size: int, images: int, dtype: torch.dtype) -> Case:
-    rank = third_of_break_even(channels, 9 * channels)
-    return _convolution("channel", channels, size, images, dtype, rank, (3, 3), (3, 3), (1, 1))
+def _channel(shape: Shape, dtype: torch.dtype) -> Case:
+    rank = third_of_break_even(shape.out, 9 * shape.into)
+    return _convolution("channel", shape, dtype, rank, (3, 3), (3, 3), (1, 1))
 
 
-def _spatial(channels: int, size: int, images: int, dtype: torch.dtype) -> Case:
-    rank = third_of_break_even(3 * channels, 3 * channels)
-    return _convolution("spatial", channels, size, images, dtype, rank, (3, 3), (3, 1), (1, 3))
+def _spatial(shape: Shape, dtype: torch.dtype) -> Case:
+    rank = third_of_break_even(3 * shape.out, 3 * shape.into)
+    return _convolution("spatial", shape, dtype, rank, (3, 3), (3, 1), (1, 3))
 
 
-def _pointwise(channels: int, size: int, images: int, dtype: torch.dtype) -> Case:
-    rank = third_of_break_even(channels, channels)
-    return _convolution("channel 1x1", channels, size, images, dtype, rank, (1, 1), (1, 1), (1, 1))
+def _pointwise(shape: Shape, dtype: torch.dtype) -> Case:
+    rank = third_of_break_even(shape.out, shape.into)
+    return _convolution("channel 1x1", shape, dtype, rank, (1, 1), (1, 1), (1, 1))
+
+
+def _separable(shape: Shape, dtype: torch.dtype) -> Case:
+    rank = third_of_break_even(shape.out, shape.into)
+    return _convolution("depthwise 1x1", shape, dtype, rank, (1, 1), (1, 1), (1, 1), depthwise=True)
+
+
+KINDS: Mapping[str, tuple[Callable[[Shape, torch.dtype], Case], ...]] = {
+    "linear": (_linear,),
+    "conv3x3": (_channel, _spatial),
+    "conv1x1": (_pointwise,),
+    "separable": (_separable,),
+}
+"""The forms that a kind of layer is measured in."""
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -292,9 +393,8 @@ def as_csv(measured: Sequence[Figures]) -> str:
     writer.writerow(COLUMNS)
     for case, timing, apart, spread in measured:
         figures = (timing.baseline_seconds, timing.candidate_seconds, timing.speedup, timing.spread, case.ideal)
-        writer.writerow(
-            [case.form, case.shape, name_of(case.dtype), case.rows, case.rank, *map(number, (*figures, apart, spread))]
-        )
+        texts = (f"{figure:.6g}" for figure in (*figures, apart, spread))
+        writer.writerow([case.form, case.shape, name_of(case.dtype), case.rows, case.rank, *texts])
     return text.getvalue()
 
 

@@ -1,19 +1,22 @@
 """How fast are whole models: eager, compiled, factored, folded back, and in onnxruntime?
 
 Each model at batch 1 and 16, calibrated with batches of that size, and every time taken in paired turns against the
-compiled original. The weights of all but the sentence encoder are random, for speed does not depend on them; what does
-is the plan, and a plan for a random model is of the same size. Plans are made with a low effort, which changes what
-they keep of the outputs and not what they cost.
+compiled original; what is timed is the call that a user makes, binding included. The weights of all but the sentence
+encoder are random. The speed of a plan does not depend on values, but the plan does: ``Keep(flops=)`` fixes what a plan
+costs, trained or not, though not which layers pay for it; how much ``Tolerance``, ``Metric`` and ``Keep(latency=)``
+take away from random weights says little of trained ones. Plans are made with a low effort.
 
-The page goes to results/models.md, the chart to results/models.svg; ``--only`` measures some sections again and leaves
-the others as they are.
+The page goes to results/models.md, the chart to results/models.svg. The page is written after each row, so what was
+measured stays where a later row fails; ``--only`` measures some sections again and leaves the others as they are.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from lowrank_fx import Keep, LowRankModule, Metric, Tolerance, optimize
 from lowrank_fx._render import percent
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.demo import load_encoder
+from lowrank_fx.errors import TargetError
 from lowrank_fx.latency import PairedTiming, paired_speedup
 from lowrank_fx.targets import Target
 
@@ -40,6 +44,9 @@ OF_IDEAL = 0.85
 
 NEVER_SLOWER = 0.98
 """A speed-up is at least 1 within noise if it is above this: what two timings of one model differ by here."""
+
+REACHABLE = "smallest reachable is "
+"""What stands before the smallest reachable value in the message of a target that is out of reach."""
 
 ASKED = ("minilm", "deit_small")
 
@@ -60,7 +67,7 @@ def minilm() -> Case:
 
 def deit_small() -> Case:
     """DeiT-small at 224 x 224."""
-    return _timm("deit3_small_patch16_224", 224)
+    return _timm("deit_small_patch16_224", 224)
 
 
 def resnet50() -> Case:
@@ -87,7 +94,8 @@ def llama() -> Case:
         use_cache=False,
         tie_word_embeddings=False,
     )
-    return Case(LlamaForCausalLM(config).eval(), _tokens(4096, 64, mask=False))
+    model: nn.Module = LlamaForCausalLM(config)
+    return Case(model.eval(), _tokens(4096, 64, mask=False))
 
 
 MODELS: Mapping[str, Callable[[], Case]] = {
@@ -95,63 +103,96 @@ MODELS: Mapping[str, Callable[[], Case]] = {
 }
 
 
-def main() -> None:
-    """Measure model by model, and write the page after each."""
+def main() -> int:
+    """Measure model by model, and write the page after each row.
+
+    Returns:
+        The exit status: 1 where a section could not be measured to its end.
+    """
     parser = common.option_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="sections to measure")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="batch sizes (default: 1 16)")
     options = parser.parse_args()
     page = options.out / "models.md"
     sections = common.sections(page)
-    for name in options.only:
-        for batch in options.batch:
-            facts = common.machine(options.date)
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(0)
-                case = MODELS[name]()
-            sections[f"{name}, batch {batch}"] = [*facts, "", *section(name, case, batch)]
-            lines = ["# How fast whole models are", "", *common.paragraph(LEGEND), "", *picture(sections)]
-            for title, text in sections.items():
-                lines += ["", f"## {title}", "", *text]
-            charts.bars(options.out / "models.svg", speeds(sections), "speed-up over the compiled original", level=1.0)
-            common.publish(options.out, page.name, lines)
+    failed = []
+    for name, batch in ((name, batch) for name in options.only for batch in options.batch):
+        title = f"{name}, batch {batch}"
+        try:
+            for text in section(name, batch, common.machine(options.date)):
+                sections[title] = text
+                common.write(page, page_of(sections))
+        except Exception:  # hours of other sections do not depend on this one
+            traceback.print_exc()
+            failed.append(title)
+        charts.bars(options.out / "models.svg", speeds(sections), "speed-up over the compiled original", level=1.0)
+        common.publish(options.out, page.name, page_of(sections))
+    if failed:
+        print(f"not measured to the end: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 LEGEND = (
     "Speed-ups are against the original through torch.compile, medians of paired turns, without gradients. *Ideal*: "
     "FLOPs of the original over FLOPs of the plan. `Tolerance`, `Metric` and `Keep(latency=)` may not be slower than "
-    f"the original: at least {NEVER_SLOWER:g} counts as equal, since two timings of one model differ by that much. "
-    "*frozen=True* is against the same original, whose weights are not frozen. "
+    f"the original: at least {NEVER_SLOWER:g} counts as equal, since two timings of one model differ by that much; "
+    "*the original* says that it came back, measured like the others. *Out of reach*: `optimize` raises `TargetError` "
+    "and returns nothing. *frozen=True* is against the same original, whose weights are not frozen. "
     "Onnxruntime runs the exported files on as many threads. *Seconds* are those of `optimize` or `replan`, with "
-    '`effort="low"`, timing and compilation included.'
+    '`effort="low"`, timing and compilation included. Weights are random but for minilm: what `Tolerance`, `Metric` '
+    "and `Keep(latency=)` keep of them says little of trained ones."
 )
 
+CUT_OFF = "**Measuring was cut off here.**"
 
-def section(name: str, case: Case, size: int) -> list[str]:
-    """A row per way to run the model."""
+Row = tuple[str, ...]
+
+
+def section(name: str, size: int, facts: Sequence[str]) -> Iterator[list[str]]:
+    """The section of a model as it grows: after each row, and when all are there."""
     torch.compiler.reset()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        case = MODELS[name]()
     generator = torch.Generator().manual_seed(0)
     loader = [case.batch(size, generator) for _ in range(CALIBRATION)]
-    original, made, rows = Runner(case.model, loader[0]), None, []
-    rows.append(_row("eager", original.against(case.model), None))
+    original = Runner(case.model, loader[0])
+    rows: list[Row] = []
+    header = ("", "speed-up", "IQR", "ideal", "of ideal", "FLOPs kept", "asked", "met", "seconds")
+
+    def text() -> list[str]:
+        said = f"The compiled original takes {1e3 * original.seconds:.2f} ms."
+        return [*facts, "", said, "", *common.table(header, rows)]
+
+    for row in measured(name, size, case, loader, original):
+        rows.append(row)
+        print(*row[:3], sep="  ", flush=True)
+        yield [*text(), "", CUT_OFF]
+    yield text()
+
+
+def measured(name: str, size: int, case: Case, loader: Sequence[Any], original: Runner) -> Iterator[Row]:
+    """A row per way to run the model."""
+    made: LowRankModule | None = None
+    yield _row("eager", original.against(case.model))
     for target in targets(case, loader):
         started = time.monotonic()
-        if made is None:
-            made = done = optimize(case.model, loader, target=target, effort="low", progress=False)
-        else:
-            done = made.replan(target)
+        try:
+            if made is None:
+                done = optimize(case.model, loader, target=target, effort="low", progress=False)
+            else:
+                done = made.replan(target)
+        except TargetError as error:
+            yield _out_of_reach(target, error, time.monotonic() - started)
+            continue
         seconds = time.monotonic() - started
-        timing = original.against(done._run) if done.plan.factored else None
-        rows.append(_planned(str(target), name, size, done, timing, seconds))
-        if done is made:
+        yield _planned(str(target), name, size, done, original.against(done), seconds)
+        if made is None:
+            made = done
             frozen = LowRankModule(made.artifact, None, compile=True, frozen=True)
-            rows.append(_row("the same, frozen=True", original.against(frozen._run), None))
-            folded = made.fold()
-            rows.append(_row("the same, folded", original.against(folded._run), None))
-            rows += _onnx(original, made)
-    dense = original.seconds
-    header = ("", "speed-up", "IQR", "ideal", "of ideal", "FLOPs kept", "asked", "met", "seconds")
-    return [f"The compiled original takes {1e3 * dense:.2f} ms.", "", *common.table(header, rows)]
+            yield _row("the same, frozen=True", original.against(frozen))
+            yield _row("the same, folded", original.against(made.fold()))
+            yield from _onnx(original, made)
 
 
 def targets(case: Case, loader: Sequence[Any]) -> tuple[Target, ...]:
@@ -170,7 +211,13 @@ def targets(case: Case, loader: Sequence[Any]) -> tuple[Target, ...]:
 
 
 class Runner:
-    """The compiled original and one batch."""
+    """The compiled original and one batch.
+
+    Attributes:
+        batch: what is called with.
+        compiled: the original.
+        seconds: of one call of it, from the first comparison: nothing else has run in the process by then.
+    """
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         self.batch = batch
@@ -183,36 +230,29 @@ class Runner:
             timing = paired_speedup(
                 lambda: _called(self.compiled, self.batch), lambda: _called(run, self.batch), device="cpu"
             )
-        self.seconds = timing.baseline_seconds
+        self.seconds = self.seconds or timing.baseline_seconds
         return timing
 
 
-def _onnx(original: Runner, made: LowRankModule) -> list[tuple[str, ...]]:
+def _onnx(original: Runner, made: LowRankModule) -> Iterator[Row]:
     """Rows of onnxruntime: the folded and the factored file."""
     import onnxruntime
 
-    rows = []
     values = list(original.batch.values()) if isinstance(original.batch, dict) else [original.batch]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options = common.onnx_options()
     for fold, said in ((True, "onnxruntime, folded"), (False, "onnxruntime, factored")):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             made.export_onnx(path, fold=fold)
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feeds = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), values, strict=True)}
-        rows.append(_row(said, original.against(lambda *_, s=session, f=feeds, **__: s.run(None, f)), None))
-    return rows
+        yield _row(said, original.against(lambda *_, s=session, f=feeds, **__: s.run(None, f)))
 
 
-def _planned(
-    said: str, name: str, size: int, made: LowRankModule, timing: PairedTiming | None, seconds: float
-) -> tuple[str, ...]:
-    """The row of a plan; where the original came back, nothing is measured against itself."""
+def _planned(said: str, name: str, size: int, made: LowRankModule, timing: PairedTiming, seconds: float) -> Row:
+    """The row of a plan."""
     kept = made.plan.totals.kept("flops", "model")
     ideal = 1 / kept
-    if timing is None:
-        return (f"{said}: the original", "1.00", "", "", "", percent(1.0), "1", common.met(True), f"{seconds:.0f}")
     flops = isinstance(made.plan.target, Keep) and made.plan.target.flops is not None
     of_ideal = timing.speedup / ideal
     asked, reached = "1", timing.speedup >= NEVER_SLOWER
@@ -220,7 +260,7 @@ def _planned(
         asked, reached = f"{OF_IDEAL:g} of ideal", of_ideal >= OF_IDEAL
     judged = not flops or (name in ASKED and size == max(BATCHES))
     return (
-        said,
+        said if made.plan.factored else f"{said}: the original",
         f"{timing.speedup:.2f}",
         f"{timing.spread:.2f}",
         f"{ideal:.2f}",
@@ -232,34 +272,42 @@ def _planned(
     )
 
 
-def _row(said: str, timing: PairedTiming, ideal: float | None) -> tuple[str, ...]:
+def _out_of_reach(target: Target, error: TargetError, seconds: float) -> Row:
+    """The row of a target that no plan reaches: there is nothing to measure."""
+    smallest = str(error).partition(REACHABLE)[2].partition(" (")[0]
+    why = f"the smallest is {smallest}" if smallest else str(error).replace("|", "/")
+    return (f"{target}: out of reach, nothing returned; {why}", "", "", "", "", "", "", "", f"{seconds:.0f}")
+
+
+def _row(said: str, timing: PairedTiming) -> Row:
     return (said, f"{timing.speedup:.2f}", f"{timing.spread:.2f}", "", "", "", "", "", "")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def picture(sections: Mapping[str, Sequence[str]]) -> list[str]:
-    """The chart's place on the page."""
-    return [f"![speed-up over the compiled original, {len(sections)} models and batches](models.svg)"]
+def page_of(sections: Mapping[str, Sequence[str]]) -> list[str]:
+    """The page: the legend, the chart's place and the sections."""
+    lines = ["# How fast whole models are", "", *common.paragraph(LEGEND), ""]
+    lines.append(f"![speed-up over the compiled original, {len(sections)} models and batches](models.svg)")
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", *text]
+    return lines
 
 
 def speeds(sections: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
     """What the tables say, for the chart: speed-up by row, by section."""
-    found: dict[str, dict[str, float]] = {}
-    for title, text in sections.items():
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text if line.startswith("| ")]
-        found[title] = {cells[0]: float(cells[1]) for cells in rows[2:] if cells[0]}
-    return found
+    return {
+        title: {said.partition(":")[0]: float(speed) for said, speed, *_ in common.cells_of(text) if speed}
+        for title, text in sections.items()
+    }
 
 
 # ---- models and batches ----------------------------------------------------------------------------------------------
 
 
 def _timm(name: str, size: int) -> Case:
-    import timm
-
-    model = timm.create_model(name).eval()
+    model = common.image_model(name)
     return Case(model, lambda rows, generator: torch.randn(rows, 3, size, size, generator=generator))
 
 
@@ -284,4 +332,4 @@ def _vector(model: nn.Module, batch: Any) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

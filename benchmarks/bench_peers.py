@@ -7,7 +7,8 @@ plain truncated SVD of the weights at one share of every layer's break-even rank
 (idle threads that spin would count as work); its seconds are CPU seconds of the whole process after the model is
 loaded, its memory is the process's peak above that.
 
-The page goes to results/peers.md.
+The page goes to results/peers.md, a section per setting of a peer, and is written after each run; the chart goes to
+results/peers.svg. ``--only`` runs some peers again and leaves the others' sections as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ import functools
 import itertools
 import json
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
 
 def main() -> None:
-    """Run every method in a process of its own, and write the page."""
+    """Run every method in a process of its own, and write the page after each."""
     parser = common.option_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="peers to run")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "SETTING"), help=argparse.SUPPRESS)
@@ -71,27 +71,39 @@ def main() -> None:
     if options.one is not None:
         print(json.dumps(run(data, options.one[0], float(options.one[1]))))
         return
-    lines = ["# The same job by others", "", *common.machine(options.date), "", *common.paragraph(LEGEND), ""]
-    rows = []
-    for method in options.only:
-        for setting in RUNS[method]:
-            peer = in_fresh_process(data, method, setting)
-            rows.append((f"{method} {setting:g}", *figures(peer), "", "", "", ""))
-            for effort in ("low", "high"):
-                found = in_fresh_process(data, effort, peer["kept"])
-                ratio, better = peer["seconds"] / found["seconds"], found["cosine"] > peer["cosine"]
-                asked, reached = "", ""
-                if (method, effort) == ("falor", "low"):
-                    asked, reached = f"{FASTER:g}x, better", common.met(ratio >= FASTER and better)
-                rows.append(
-                    (f"optimize, {effort}", *figures(found), f"{found['apart']:.1f}", f"{ratio:.1f}x", asked, reached)
-                )
-    header = (
-        *("method", "weights kept", "cosine", "CPU seconds", "peak MiB"),
-        *("timing, apart", "fewer seconds", "asked", "met"),
-    )
-    common.publish(options.out, "peers.md", [*lines, *common.table(header, rows)])
+    page = options.out / "peers.md"
+    sections = common.sections(page)
+    try:
+        for method, setting in [(name, setting) for name in options.only for setting in RUNS[name]]:
+            facts, rows = common.machine(options.date, threads=1), []
+            for row in compared(data, method, setting):
+                rows.append(row)
+                sections[f"{method} {setting:g}"] = [*facts, "", *common.table(HEADER, rows)]
+                common.write(page, page_of(sections))
+    finally:
+        import charts  # not before: Linux counts what a parent holds when it starts a process as part of its peak
 
+        charts.dots(options.out / "peers.svg", dots(sections), "CPU seconds", "cosine to the original's embeddings")
+    common.publish(options.out, page.name, page_of(sections))
+
+
+def compared(data: Path, method: str, setting: float) -> Iterator[tuple[str, ...]]:
+    """The row of a peer, and those of ``optimize`` at the size that it came to."""
+    peer = in_fresh_process(data, method, setting)
+    yield (f"{method} {setting:g}", *figures(peer), "", "", "", "")
+    for effort in ("low", "high"):
+        found = in_fresh_process(data, effort, peer["kept"])
+        ratio, better = peer["seconds"] / found["seconds"], found["cosine"] > peer["cosine"]
+        asked, reached = "", ""
+        if (method, effort) == ("falor", "low"):
+            asked, reached = f"{FASTER:g}x, better", common.met(ratio >= FASTER and better)
+        yield (f"optimize, {effort}", *figures(found), f"{found['apart']:.1f}", f"{ratio:.1f}x", asked, reached)
+
+
+HEADER = (
+    *("method", "weights kept", "cosine", "CPU seconds", "peak MiB"),
+    *("timing, apart", "fewer seconds", "asked", "met"),
+)
 
 LEGEND = (
     "all-MiniLM-L6-v2 with mean pooling, 128 sentences of STS-B train. *Weights kept*: of the encoder's linear layers. "
@@ -101,6 +113,25 @@ LEGEND = (
 )
 
 
+def page_of(sections: Mapping[str, Sequence[str]]) -> list[str]:
+    """The page: the legend, the chart's place and the sections."""
+    lines = ["# The same job by others", "", *common.paragraph(LEGEND), ""]
+    lines.append("![cosine by CPU seconds, a dot per run with the weights that it keeps](peers.svg)")
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", *text]
+    return lines
+
+
+def dots(sections: Mapping[str, Sequence[str]]) -> dict[str, list[tuple[float, float, str]]]:
+    """What the tables say, for the chart: CPU seconds, cosine and weights kept by method."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    for text in sections.values():
+        for name, kept, cosine, seconds, *_ in common.cells_of(text):
+            method = name if name.startswith("optimize") else name.split()[0]
+            found.setdefault(method, []).append((float(seconds), float(cosine), kept))
+    return found
+
+
 def figures(found: dict[str, float]) -> tuple[str, str, str, str]:
     """The columns that every method has."""
     return percent(found["kept"]), f"{found['cosine']:.4f}", f"{found['seconds']:.1f}", f"{found['mib']:.0f}"
@@ -108,11 +139,7 @@ def figures(found: dict[str, float]) -> tuple[str, str, str, str]:
 
 def in_fresh_process(data: Path, method: str, setting: float) -> dict[str, float]:
     """What one method needs and leaves."""
-    command = [sys.executable, __file__, "--data-dir", str(data), "--one", method, repr(setting)]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, float] = json.loads(answer.splitlines()[-1])
-    print(f"{method} {setting:g}: {found}", file=sys.stderr, flush=True)
-    return found
+    return common.in_fresh_process(__file__, "--data-dir", str(data), "--one", method, repr(setting))
 
 
 def run(data: Path, method: str, setting: float) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """How do the CPU time and the peak memory of ``optimize`` grow with a model's width, its depth and the data?
 
 A residual network of GELU layers of twice its width, random weights, inputs of a falling spectrum; one of width, depth
-and calibration rows is varied at a time. Every run is a process of its own: its seconds are CPU seconds of the whole
-process, its memory is the process's peak above what it was when model and data were there. Nothing is compiled.
+and calibration rows is varied at a time. Every run is a process of its own, on one thread (idle threads that spin would
+count as work): its seconds are CPU seconds of the whole process, its memory is the process's peak above what it was
+when model and data were there. Nothing is compiled.
 
 The page goes to results/scaling.md, the charts to results/scaling_seconds.svg and results/scaling_memory.svg.
 """
@@ -13,7 +14,6 @@ import argparse
 import json
 import math
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ def main() -> None:
     if options.one is not None:
         print(json.dumps(run(Size(*options.one))))
         return
-    lines = ["# How cost grows", "", *common.machine(options.date), "", *common.paragraph(LEGEND)]
+    lines = ["# How cost grows", "", *common.machine(options.date, threads=1), "", *common.paragraph(LEGEND)]
     known: dict[Size, dict[str, float]] = {}
     for axis in options.only or AXES:
         for value in AXES[axis]:
@@ -133,15 +133,12 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 def in_fresh_process(size: Size) -> dict[str, float]:
     """What one size needs."""
-    command = [sys.executable, __file__, "--one", *map(str, size)]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, float] = json.loads(answer.splitlines()[-1])
-    print(f"{size}: {found}", file=sys.stderr, flush=True)
-    return found
+    return common.in_fresh_process(__file__, "--one", *map(str, size))
 
 
 def run(size: Size) -> dict[str, float]:
     """One size in this process: CPU seconds of calibration, of the rest and of both, and peak MiB."""
+    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     model = nn.Sequential(*(Residual(size.width) for _ in range(size.depth))).eval()
     # Inputs whose eigenvalues fall as 1 / i, in a basis that no column follows.

@@ -5,15 +5,24 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from lowrank_fx._files import write_atomic
 
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-SETTINGS = {"svg.hashsalt": "lowrank_fx", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "lowrank_fx",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+MARKERS = "osD^v<>P"
 
 
 def lines(
@@ -52,6 +61,30 @@ def lines(
         _write(figure, path)
 
 
+def dots(path: Path, groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str, up: str) -> None:
+    """Dots with a word at each, in a colour and a shape per group, over a logarithmic axis.
+
+    Args:
+        path: where the SVG goes; its folder is made if it does not exist.
+        groups: points and what is written at each, by name.
+        across: what the horizontal axis is.
+        up: what the vertical axis is.
+    """
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        for place, (name, points) in enumerate(groups.items()):
+            x, y, words = zip(*points, strict=True)
+            axes.scatter(x, y, s=22, marker=MARKERS[place % len(MARKERS)], label=name)
+            for at in zip(x, y, words, strict=True):
+                axes.annotate(at[2], at[:2], xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        if groups:
+            axes.legend(fontsize=8)
+        _write(figure, path)
+
+
 def bars(path: Path, groups: Mapping[str, Mapping[str, float]], up: str, *, level: float | None = None) -> None:
     """Bars side by side, a group per name.
 
@@ -78,7 +111,7 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], up: str, *, leve
         _write(figure, path)
 
 
-def _write(figure: pyplot.Figure, path: Path) -> None:
+def _write(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     pyplot.close(figure)

@@ -9,18 +9,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import json
 import os
 import platform
 import random
+import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lowrank_fx
 from lowrank_fx._files import write_atomic
@@ -36,6 +38,13 @@ BATCH = 32
 TOKENS = 128
 
 Batch = dict[str, Tensor]
+
+TIMM_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "resnet50": {"zero_init_last": False},
+    "convnext_tiny": {"ls_init_value": 1.0},
+}
+"""What timm's image models need so that every layer matters before training: as timm makes them, each branch is scaled
+by 0 (ResNet-50, in its last batch norm) or 1e-6 (ConvNeXt, in its layer scale), and a plan may drop it at no error."""
 
 
 # ---- options and data ------------------------------------------------------------------------------------------------
@@ -106,13 +115,59 @@ def calibration_batches(data: Path, tokenizer: Any) -> list[Batch]:
     return token_batches(tokenizer, sentences[:CALIBRATION_SENTENCES])
 
 
+def image_model(name: str) -> nn.Module:
+    """A model of timm in eval mode with random weights, the same on every call, of which each layer matters."""
+    import timm
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model: nn.Module = timm.create_model(name, **TIMM_OPTIONS.get(name, {}))
+    return model.eval()
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(script: str, *arguments: str) -> dict[str, float]:
+    """The figures that a script prints as JSON in its last line, from a process of its own on one thread.
+
+    Threads that wait for each other spin, and would count as CPU seconds.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, script, *arguments]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    found: dict[str, float] = json.loads(answer.splitlines()[-1])
+    print(f"{' '.join(arguments)}: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def onnx_options() -> Any:
+    """Options of an onnxruntime session on as many threads as torch has, which sleep while they wait.
+
+    By default they spin on after a run, into the turn of what it is compared with.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def machine(date: str) -> list[str]:
-    """What the figures depend on besides the code."""
+def machine(date: str, threads: int | None = None) -> list[str]:
+    """What the figures depend on besides the code.
+
+    Args:
+        date: of the run.
+        threads: that compute; by default as many as torch has in this process.
+    """
+    count = torch.get_num_threads() if threads is None else threads
+    plural = "" if count == 1 else "s"
     return paragraph(
-        f"{date}; {_processor()}, {os.cpu_count()} logical CPUs, {torch.get_num_threads()} threads, load average "
+        f"{date}; {_processor()}, {os.cpu_count()} logical CPUs, {count} thread{plural}, load average "
         f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, torch {torch.__version__}, "
         f"lowrank_fx {lowrank_fx.__version__}."
     )
@@ -153,10 +208,14 @@ def paragraph(text: str) -> list[str]:
 
 def publish(folder: Path, name: str, lines: Sequence[str]) -> None:
     """Print a page and write it to ``name`` in ``folder``, which is made if it does not exist."""
-    text = "\n".join(lines) + "\n"
-    print(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / name, text.encode())
+    print("\n".join(lines) + "\n")
+    write(folder / name, lines)
+
+
+def write(path: Path, lines: Sequence[str]) -> None:
+    """Write a page, or the part of it that is known so far, whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def sections(page: Path) -> dict[str, list[str]]:
@@ -170,6 +229,12 @@ def sections(page: Path) -> dict[str, list[str]]:
         elif found:
             found[title].append(line)
     return {title: text[1:-1] if text and not text[-1] else text[1:] for title, text in found.items()}
+
+
+def cells_of(text: Sequence[str]) -> list[list[str]]:
+    """The rows of the one table in a section, without its header."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text if line.startswith("| ")]
+    return rows[2:]
 
 
 def met(reached: bool) -> str:
