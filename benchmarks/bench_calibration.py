@@ -153,7 +153,7 @@ def stages(model: nn.Module, batches: Sequence[Batch], after: Callable[[str], No
     calibration = prepared.calibrate(batches)
     after("calibrate")
     program, table = prepared.program, prepared.table
-    gradients = output_gradients(program, table, calibration, progress=False)
+    gradients = output_gradients(program, table, calibration, progress=False).sketches
     after("output gradients")
     curves = error_curves(program, table, calibration, None, progress=False, gradients=gradients)
     after("error curves")

@@ -81,7 +81,7 @@ class Bench:
         self.calibration = calibrate(subject.model, subject.loader, progress=False)
         self.program = take(subject.model, self.calibration.example)
         table = self.program.find_sites()
-        gradients = output_gradients(self.program, table, self.calibration, progress=False)
+        gradients = output_gradients(self.program, table, self.calibration, progress=False).sketches
         self.metrics, self.taps = {}, {}
         for site in table.sites:
             if site.kind == "linear" and len(site.calls) == 1:

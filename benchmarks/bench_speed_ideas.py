@@ -1,16 +1,21 @@
-"""Ideas that could make factored layers faster, and what each is worth: packing, freezing, row-blocking, channels-last.
+"""Ideas that could make factored layers faster, and what each is worth: packing, freezing, row-blocking, and others.
 
 *Packing*: the first factors of sites that read one activation as one product. *Freezing*: inductor packs weights ahead.
 *Row-blocking*: both products of a pair on some rows at a time, so that the middle activation stays in cache.
-*Channels-last*: the layout of convolutions. Everything stands against the same pairs without the idea, in paired turns;
-nothing is calibrated and no data is needed, since speed does not depend on values. The page goes to
-results/speed_ideas.md; its sentences of decision were written by the figures of the page in the repository.
+*Channels-last*: the layout of convolutions. *Fast ranks*: of what a rank should be a multiple. Everything stands
+against the same pairs without the idea, in paired turns; nothing is calibrated and no data is needed, since speed does
+not depend on values. The page goes to results/speed_ideas.md; its sentences of decision were written by the figures of
+the page in the repository, those on fast ranks are written by the figures beside them. ``--only`` measures some
+sections again and leaves the others as they are.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import common
@@ -22,6 +27,7 @@ from torch.nn import functional as F
 
 from lowrank_fx import cost
 from lowrank_fx.compiling import compile_module
+from lowrank_fx.forms.base import rank_step
 from lowrank_fx.frozen import Frozen
 from lowrank_fx.latency import PairedTiming, paired_speedup
 
@@ -41,21 +47,44 @@ LONG = (4096, 768, 3072, 192)
 IMAGES, CHANNELS, SIZE, RANK = (1, 8), 128, 28, 48
 """Images, channels, height (and width) and rank of the convolutions."""
 
+SHAPES, SHAPE_ROWS = ((768, 768), (384, 1536)), 1024
+"""Features in and out of the pairs whose ranks are compared, and rows."""
+
+MIDDLE, AROUND = 128, (16, 8, 4, 2, 1)
+"""The rank that the others are compared with, and how far below and above it those lie: each a multiple of that."""
+
+AS_FAST = 0.97
+"""Share of the speed between the multiples of the widest step around it that a fast rank reaches at least."""
+
 
 def main() -> None:
     """Measure, and write the page."""
     parser = common.option_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each comparison (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     options = parser.parse_args()
-    lines = ["# Ideas for speed, and what they are worth", "", *common.machine(options.date), ""]
-    lines += common.paragraph(LEGEND)
+    page = options.out / "speed_ideas.md"
+    facts = common.machine(options.date)
+    head, kept = (facts, {}) if options.only is None else (last_facts(page) or facts, common.sections(page))
     with torch.no_grad():
-        for title, text, measured in SECTIONS:
+        for name in options.only or SECTIONS:
+            title, text, measured = SECTIONS[name]
             torch.compiler.reset()
             print(f"{title} ...", flush=True)
-            lines += ["", f"## {title}", "", *common.paragraph(text), "", *measured(options.seconds)]
+            own = [] if options.only is None else [*common.machine(options.date), ""]
+            kept[title] = [*own, *common.paragraph(text), "", *measured(options.seconds)]
+    lines = ["# Ideas for speed, and what they are worth", "", *head, "", *common.paragraph(LEGEND)]
+    for title, _, _ in SECTIONS.values():
+        if title in kept:
+            lines += ["", f"## {title}", "", *kept[title]]
     lines += ["", "## CUDA", "", *common.paragraph(CUDA)]
-    common.publish(options.out, "speed_ideas.md", lines)
+    common.publish(options.out, page.name, lines)
+
+
+def last_facts(page: Path) -> list[str]:
+    """What the last page says of its machine; nothing where there is none."""
+    lines = page.read_text().splitlines()[2:] if page.exists() else [""]
+    return lines[: lines.index("")]
 
 
 LEGEND = (
@@ -325,6 +354,92 @@ def channels_last(seconds: float) -> Iterator[str]:
     yield from common.table(header, rows, left=2)
 
 
+def fast_ranks(seconds: float) -> Iterator[str]:
+    """A row per rank; then what the figures say of the package's steps."""
+    ranks = sorted({MIDDLE, *(MIDDLE + sign * away for away in AROUND for sign in (-1, 1))})
+    columns: list[list[str]] = []
+    speeds: defaultdict[torch.dtype, list[dict[int, float]]] = defaultdict(list)
+    names = []
+    for dtype in DTYPES:
+        for name, make, x in _ranked(dtype):
+            torch.compiler.reset()
+            middle = compile_module(_seeded(make, MIDDLE).to(dtype))
+            found: dict[int, PairedTiming] = {}
+            for rank in ranks:
+                other = compile_module(_seeded(make, rank).to(dtype))
+                found[rank] = _compared(middle, other, x, seconds, alike=False)
+            names.append(f"{name}, {_name(dtype)}")
+            # FLOPs are in proportion to the rank.
+            columns.append([_figure(timing, rank / MIDDLE) for rank, timing in found.items()])
+            speeds[dtype].append({rank: timing.speedup + timing.error for rank, timing in found.items()})
+    cells = zip(map(str, ranks), (str(_multiple(rank)) for rank in ranks), *columns, strict=True)
+    yield from common.table(("rank", "multiple of", *names), list(cells))
+    yield from ("", *common.paragraph(" ".join(rank_decision(dtype, own) for dtype, own in speeds.items())))
+
+
+def _ranked(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], nn.Module], Tensor]]:
+    """What is made of a rank, by name, and its input."""
+    for into, out in SHAPES:
+        yield f"{into} to {out}", partial(Layer, into, out), _random(SHAPE_ROWS, into, dtype=dtype)
+    yield "3 x 3", channel_pair, _random(IMAGES[-1], CHANNELS, SIZE, SIZE, dtype=dtype)
+
+
+def channel_pair(rank: int) -> nn.Module:
+    """A 3 x 3 convolution in the form ``channel``."""
+    first = nn.Conv2d(CHANNELS, rank, 3, padding=1, bias=False)
+    return nn.Sequential(first, nn.Conv2d(rank, CHANNELS, 1))
+
+
+def _multiple(rank: int) -> int:
+    """The largest of ``AROUND`` that divides a rank."""
+    return max(step for step in AROUND if rank % step == 0)
+
+
+def rank_decision(dtype: torch.dtype, columns: Sequence[dict[int, float]]) -> str:
+    """What follows for the steps of a dtype.
+
+    Args:
+        dtype: of the pairs.
+        columns: for each kind of pair the speed over that at ``MIDDLE``, error added, by rank.
+    """
+    widest, *finer = AROUND
+    least = {
+        step: min(
+            rate * _between(column, rank)
+            for column in columns
+            for rank, rate in column.items()
+            if _multiple(rank) == step
+        )
+        for step in finer
+    }
+    # The steps down to which all ranks are fast, those of larger steps too; the widest is what they are held against.
+    fast = [step for step in AROUND if all(least[other] >= AS_FAST for other in finer if other >= step)]
+    own, name = rank_step(str(dtype)), _name(dtype)
+    listed = ", ".join(f"{rate:.2f} ({step})" for step, rate in least.items())
+    said = f"In {name} the slowest multiples reach, errors added, {listed} of the speed between those of {widest}."
+    if min(fast) == own:
+        return f"{said} Decision: the package's step of {own} is the finest that is fast; it stays."
+    if min(fast) < own:
+        return (
+            f"{said} Decision: steps of {min(fast)} would be as fast on this machine as the package's {own}, which "
+            f"stays for machines with matrix tiles; finer ones would save less than {own} ranks per layer."
+        )
+    return f"{said} Decision: the package's step of {own} is finer than is fast here, {min(fast)}: to be made coarser."
+
+
+def _between(speeds: dict[int, float], rank: int) -> float:
+    """The time at a rank, over that at ``MIDDLE``, on the line between the widest steps around it.
+
+    A line, since part of a pair's time does not depend on its rank.
+    """
+    widest = AROUND[0]
+    below = rank // widest * widest
+    if below == rank:
+        return 1 / speeds[rank]
+    share = (rank - below) / widest
+    return (1 - share) / speeds[below] + share / speeds[below + widest]
+
+
 def _freezing(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Inductor freezes only in calls, the first and all later ones, that find the setting switched on."""
 
@@ -362,8 +477,8 @@ def _compared(
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def _figure(timing: PairedTiming) -> str:
-    return f"{timing.speedup:.2f} ± {timing.error:.2f}"
+def _figure(timing: PairedTiming, times: float = 1.0) -> str:
+    return f"{times * timing.speedup:.2f} ± {times * timing.error:.2f}"
 
 
 def _milliseconds(timing: PairedTiming) -> str:
@@ -412,18 +527,30 @@ LAYOUT = (
     "strides of activations, on which a captured `view` can fail; `fast.to(memory_format=torch.channels_last)` does "
     "it for a finished model, compiled or not."
 )
+RANKS = (
+    f"Compiled pairs around rank {MIDDLE}: linear ones at {SHAPE_ROWS:,} rows, and a 3 x 3 convolution of {CHANNELS} "
+    f"channels in the form `channel` at {SIZE} x {SIZE}, {IMAGES[-1]} images. A figure is FLOPs per second over those "
+    f"at rank {MIDDLE}: 1 means that time grows as the rank does. From a break-even rank of 64 on the package offers "
+    f"multiples of {rank_step('torch.float32')} in float32 and of {rank_step('torch.bfloat16')} in bfloat16. A step "
+    f"counts as fast where all its ranks, and those of larger steps, reach {AS_FAST:g} of the speed that the line "
+    f"between the times of the multiples of {AROUND[0]} around them gives: part of the time is of no rank."
+)
 CUDA = (
-    "Nothing was measured on CUDA, and no figure of this page holds there. Decision: none of these ideas is used there "
-    "until it measured faster on such a device; packing, which saves launches, would be the first to measure."
+    "Nothing was measured on CUDA, since no accelerator was at hand, and no figure of this page holds there. Decision: "
+    "none of these ideas is used there until it measured faster on such a device; packing, which saves launches, would "
+    "be the first to measure. Two more are not built for the same reason. *Captured CUDA graphs* for small batches, "
+    'where launches cost more than products: `torch.compile(fast, mode="reduce-overhead")` on a finished model makes '
+    "them without the package's help. *A fused kernel* for a pair, which would keep the middle activation on the chip."
 )
 
-SECTIONS: tuple[tuple[str, str, Callable[[float], Iterator[str]]], ...] = (
-    ("Packing: one product for the first factors that read one activation", PACKING, packing),
-    ("Freezing: weights packed ahead by inductor", FREEZING, freezing),
-    ("Packing by inductor, when frozen", JOINED, joined_when_frozen),
-    ("Row-blocking: the middle activation kept in cache", BLOCKING, row_blocking),
-    ("Channels-last", LAYOUT, channels_last),
-)
+SECTIONS: dict[str, tuple[str, str, Callable[[float], Iterator[str]]]] = {
+    "packing": ("Packing: one product for the first factors that read one activation", PACKING, packing),
+    "freezing": ("Freezing: weights packed ahead by inductor", FREEZING, freezing),
+    "joined": ("Packing by inductor, when frozen", JOINED, joined_when_frozen),
+    "blocking": ("Row-blocking: the middle activation kept in cache", BLOCKING, row_blocking),
+    "layout": ("Channels-last", LAYOUT, channels_last),
+    "ranks": ("Fast ranks", RANKS, fast_ranks),
+}
 
 if __name__ == "__main__":
     main()

@@ -111,9 +111,14 @@ def affordable(walk: Walk, sites: Sequence[Site], calls: Sequence[Call], memory:
         calls: at least one.
         memory: bytes; None for ``MEMORY``.
     """
+    return affordable_at(walk, [walk.position[site.calls[0].node] for site in sites], calls, memory)
+
+
+def affordable_at(walk: Walk, positions: Sequence[int], calls: Sequence[Call], memory: int | None = None) -> list[Call]:
+    """The same for regions that end at ``positions`` in the graph, which rise."""
     run, most = walk.run(calls[0]), 0
-    for site in sites:
-        _advance(run, walk.position[site.calls[0].node])
+    for position in positions:
+        _advance(run, position)
         most = max(most, live_bytes([run]))
     per_number = 2 * most / max(_size(calls[0]), 1)
     left = float(MEMORY if memory is None else memory)

@@ -68,8 +68,8 @@ class Settled:
     Attributes:
         made: its factors.
         error: on the select half.
-        how: the corrections that gave them; empty for none.
-        tried: the error of every correction.
+        how: what gave them; empty for factors as candidates are compared.
+        tried: the error of everything that was tried.
     """
 
     made: Made

@@ -15,8 +15,9 @@ It is a proxy: it orders directions within a layer (``double_sided.py``); what t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,23 @@ EXACT_BYTES = 256 << 20
 SKETCH_SIZE = 256
 """Rows of the Frequent Directions sketch of a wide output's gradients; up to twice as wide they are summed exactly."""
 
+MOST_SAID = 160
+"""Characters of an error's message that are told."""
+
+
+class OutputGradients(NamedTuple):
+    """What gradients say of the sites.
+
+    Attributes:
+        sketches: by site name, of the gradients' rows ``[out_features]`` (the groups of a site beside each other);
+            ``parts[j].gram(centered=False)`` is Gamma of group j. Sites that no gradient reaches (their output is
+            rounded or compared behind them) have none.
+        refused: why there are none at all; empty where there are some, or no site.
+    """
+
+    sketches: Mapping[str, Sketch]
+    refused: str = ""
+
 
 def output_gradients(
     program: Program,
@@ -52,7 +70,7 @@ def output_gradients(
     calibration: Calibration,
     effort: Effort = EFFORTS["high"],
     progress: bool = True,
-) -> dict[str, Sketch]:
+) -> OutputGradients:
     """The second moments of the gradients at every site's output, summed over calibration batches.
 
     Args:
@@ -61,11 +79,6 @@ def output_gradients(
         calibration: the inputs of its calibration batches are used, as many as ``GRADIENT_FLOPS`` allows.
         effort: how many samples are enough, and how many random vectors a batch is run with at most.
         progress: show a progress bar for work over two seconds.
-
-    Returns:
-        By site name a sketch of the gradients' rows ``[out_features]`` (the groups of a site beside each other);
-        ``parts[j].gram(centered=False)`` is Gamma of group j. Sites that no gradient reaches (their output is rounded
-        or compared behind them) are left out; so are all sites of a model that cannot be differentiated.
     """
     sketches: dict[str, Sketch] = {}
     broken: set[str] = set()
@@ -78,10 +91,10 @@ def output_gradients(
     with Progress("gradients", len(calls), progress) as bar:
         for call in calls:
             try:
-                found = _gradients_of(program, run, call, generator, probes)
-            except RuntimeError:  # an operator without a derivative, or one that writes to what a derivative needs
-                return {}
-            for gradients in found:
+                probed = _gradients_of(program, run, call, generator, probes)
+            except RuntimeError as error:
+                return OutputGradients({}, _cause(error))
+            for gradients in probed:
                 for node, gradient in gradients.items():
                     site = sites[node]
                     rows = output_rows(site, gradient)
@@ -95,11 +108,24 @@ def output_gradients(
                     except CalibrationError:  # not finite: a half-precision model's may overflow
                         broken.add(site.name)
             bar.advance()
-    return {
+    found = {
         name: sketch
         for name, sketch in sketches.items()
         if name not in broken and all(_has_energy(part) for part in sketch.parts)
     }
+    refused = "no gradient that is finite and not zero reaches a layer" if calls else "calibration kept no inputs"
+    return OutputGradients(found, "" if found or not table.sites else refused)
+
+
+def _cause(error: RuntimeError) -> str:
+    """Why a model cannot be differentiated: an operator without a derivative, or one that writes to what one needs.
+
+    What an allocator says of its state is another in every run, and plans are the same.
+    """
+    said = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "can't allocate" in said:
+        return "memory ran out"
+    return textwrap.shorten(said, MOST_SAID, placeholder=" ...") or type(error).__name__
 
 
 def _has_energy(sketch: FrequentDirections) -> bool:

@@ -37,6 +37,22 @@ class Judge(ABC):
             CalibrationError: the loss fails on them; the message names the batch.
         """
 
+    def loss(self, given: Outputs, wanted: Outputs, mask: Tensor | None) -> Tensor | None:
+        """The square of the relative error on another batch of the same model, as a scalar to be differentiated.
+
+        Args:
+            given: outputs that may require gradients.
+            wanted: the original's.
+            mask: bool ``[B, T]``, false at padding.
+
+        Returns:
+            None where this cannot be measured without more than the outputs.
+
+        Raises:
+            CalibrationError: the shapes of the outputs differ.
+        """
+        return None
+
 
 class Measure(ABC):
     """What errors are measured by.

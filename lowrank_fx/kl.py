@@ -14,6 +14,7 @@ from lowrank_fx.compare import floating_outputs, without_padding
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.judges import Judge, Measure, answer_of, open_leaves
 from lowrank_fx.program import Outputs, Program
+from lowrank_fx.refine_loss import paired, ratio
 
 # Logits turned to float64 at a time: on a CPU few enough to stay in its cache, elsewhere enough to outweigh a launch.
 _CPU_CHUNK, _CHUNK = 1 << 17, 1 << 22
@@ -66,6 +67,12 @@ class _KLJudge(Judge):
             for place, logits in self._logits.items()
         ]
         return sum(max(error, 0.0) if math.isfinite(error) else math.inf for error in errors)
+
+    def loss(self, given: Outputs, wanted: Outputs, mask: Tensor | None) -> Tensor:
+        """See :meth:`Judge.loss`."""
+        pairs = paired(given, wanted)
+        sums = [_divergence(*(without_padding(tensor, mask) for tensor in pairs[place])) for place in self._logits]
+        return ratio(torch.stack([error for error, _ in sums]).sum(), torch.stack([size for _, size in sums]).sum())
 
 
 class _Logits:
@@ -122,6 +129,19 @@ class _Logits:
 
     def _weights(self, start: int, sums: Tensor) -> Tensor:
         return (self._part(self._wanted, start, -math.inf) - sums).exp()
+
+
+def _divergence(value: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence from ``wanted`` to ``value`` and that to equal logits, summed over rows, at least in float32."""
+    there = wanted.isfinite()
+    wide = torch.promote_types(value.dtype, torch.float32)
+    ruled_out = torch.finfo(wide).min / 2  # its exponential is zero, and it has a difference to others
+    logs, own = (
+        torch.where(there, tensor.to(wide), ruled_out).log_softmax(-1) for tensor in (value, wanted.to(value.device))
+    )
+    weights = torch.where(there, own.exp(), 0.0)
+    size = (weights * own).sum() + there.sum(-1).clamp(min=1).to(wide).log().sum()
+    return (weights * (own - logs)).sum(), size
 
 
 def _named_logits(answer: Any) -> list[Any]:

@@ -29,7 +29,7 @@ from lowrank_fx.refinement import refined_plan
 from lowrank_fx.report import Report
 from lowrank_fx.session import Session
 from lowrank_fx.storage import Artifact
-from lowrank_fx.targets import Keep, Target, check_target, obeys_speed
+from lowrank_fx.targets import Keep, Metric, Target, check_target, obeys_speed
 from lowrank_fx.timings import SiteSpeed
 from lowrank_fx.transfer import Before
 from lowrank_fx.weight_files import MAX_SHARD_SIZE
@@ -79,21 +79,32 @@ class LowRankModule(Exporting, ProgramModule):
         """A row per layer, and what the whole plan costs and does; ``print`` it, or ask it ``to_html()``."""
         return Report(self.plan, self.timing, self.artifact.speeds)
 
-    def replan(self, target: Target, *, refine: Refine | None = None) -> LowRankModule:
+    def replan(
+        self, target: Target, *, refine: Refine | None = None, checkpoint: str | os.PathLike[str] | None = None
+    ) -> LowRankModule:
         """The model for another target, from the same calibration: no data is read again.
 
         Args:
             target: what is asked for.
             refine: let the factors learn from the original on the calibration batches; see :func:`optimize`.
+            checkpoint: a folder that keeps the state of refinement about every 30 seconds, in a folder of its own for
+                each plan: the same call goes on from there after an interruption. Under a target that obeys a clock
+                (``Tolerance``, ``Metric``, ``Keep(latency=share)``) the plan may come out another way after a restart,
+                and refinement then begins anew.
 
         Raises:
-            OptionError: ``refine`` is not legal.
+            OptionError: ``refine`` is not legal, or ``checkpoint`` is given without it.
+            StorageError: the checkpoint cannot be written, is damaged, or is of another run.
             LowRankError: this module was loaded or folded, so it has no calibration.
             TargetError: the target cannot be reached.
         """
         if self.session is None:
             raise LowRankError(
                 "replan needs the calibration, which a loaded or folded module does not have; call optimize again"
+            )
+        if checkpoint is not None and refine is None:
+            raise OptionError(
+                f"checkpoint={os.fspath(checkpoint)!r} keeps the state of refinement; pass refine= with it"
             )
         with settled(self.session.program.device):
             return build(
@@ -104,6 +115,7 @@ class LowRankModule(Exporting, ProgramModule):
                 frozen=self.frozen,
                 clone=self._clone,
                 refine=refine,
+                checkpoint=checkpoint,
             )
 
     def fold(self, sites: FoldedSites = None) -> LowRankModule:
@@ -220,6 +232,8 @@ def build(
         return measure(session, last[0][1])
 
     own = session.aimed(target, times)
+    if refine is not None and isinstance(target, Metric):
+        own = replace(own, refines=True)
     speeds: Mapping[str, SiteSpeed] = {}
     timing: PairedTiming | None = None
     if obeys_speed(target):

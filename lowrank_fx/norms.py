@@ -7,7 +7,8 @@ statistics of its input over calibration batches, of the original (0) and of the
     mean' = mean + (m_1 - m_0),    var' = var * v_1 / v_0
 
 are what training would have recorded there: the difference on the same batches, on top of what many more batches gave.
-The layers are visited in graph order, so that each one sees what the corrected ones before it give. Compare M. Nagel,
+The layers are visited in graph order, so that each one sees what the corrected ones before it give; of all batches only
+what crosses from one to the next is held, within the memory of ``closed_loop.py``. Compare M. Nagel,
 M. van Baalen, T. Blankevoort, M. Welling, "Data-Free Quantization Through Weight Equalization and Bias Correction",
 ICCV 2019, section 4.2, which corrects means alone.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowrank_fx.batches import Call
+from lowrank_fx.closed_loop import affordable_at
 from lowrank_fx.graph_program import substitutes
 from lowrank_fx.program import Factored
 from lowrank_fx.walk import Run, Walk
@@ -39,7 +41,7 @@ def reestimate(gm: GraphModule, factored: Factored, calls: Sequence[Call]) -> di
     Args:
         gm: the clean captured graph.
         factored: a site and its factors, by site name.
-        calls: inputs of calibration batches, at least one.
+        calls: inputs of calibration batches, at least one; the first that fit ``closed_loop.MEMORY`` are used.
 
     Returns:
         New values of buffers by fully qualified name, in the buffers' dtype. A buffer that several layers read keeps
@@ -50,15 +52,17 @@ def reestimate(gm: GraphModule, factored: Factored, calls: Sequence[Call]) -> di
     values: dict[str, Tensor] = {}
     for site, factors in factored.values():
         values.update(substitutes(gm, site, factors))
-    originals = [walk.run(call) for call in calls]
-    runs = [walk.run(call) for call in calls]
-    for run in runs:
-        run.exchange(values)
+    norms = [(position, buffers) for position, node in enumerate(walk.nodes) if (buffers := _buffers(walk, node))]
+    if not norms:
+        return changes
     with torch.no_grad():
-        for position, node in enumerate(walk.nodes):
-            buffers = _buffers(walk, node)
-            if buffers is None:
-                continue
+        taken = affordable_at(walk, [position for position, _ in norms], calls)
+        originals = [walk.run(call) for call in taken]
+        runs = [walk.run(call) for call in taken]
+        for run in runs:
+            run.exchange(values)
+        for position, buffers in norms:
+            node = walk.nodes[position]
             for run in (*originals, *runs):
                 while run.position < position:
                     run.compute()

@@ -101,12 +101,15 @@ def optimize(
             several times as fast as Frequent Directions.
         seed: chooses which rows are sampled. The same seed, model and data give the same plan, byte for byte, for
             targets that obey no clock.
-        checkpoint: a folder that keeps the state of calibration, see :func:`calibrate`, and of refinement.
+        checkpoint: a folder that keeps the state of calibration, see :func:`calibrate`, and of refinement, see
+            :meth:`LowRankModule.replan`.
         refine: after the plan is made, let factors, biases and norms learn from the original on the calibration
-            batches, without labels: ``Refine()``, or ``Refine(steps=..., lr=...)``.
+            batches, without labels: ``Refine()``, or ``Refine(steps=..., lr=...)``. A ``Metric`` keeps one call for the
+            refined plan.
         loss_fn: what errors are measured by, in the place of the L2 distance of outputs: effects, candidates,
             corrections, and the error that is reported. A differentiable function of (what the model returns, the
-            loader's batch) that gives the mean loss of the batch's rows; or ``"kl"``, for logits without labels. See
+            loader's batch) that gives the mean loss of the batch's rows; or ``"kl"``, for logits without labels.
+            ``refine`` minimises the L2 distance or ``"kl"``; a function only chooses among its states. See
             :mod:`lowrank_fx.losses` for what is made of it; errors stay relative to those of outputs of zero.
         progress: show progress bars for work over two seconds.
 
@@ -139,6 +142,8 @@ def optimize(
     with settled(device_of(inner)) as remarks:
         if isinstance(calib_loader, Calibration):
             for name, value in calibrating.items():
+                if name == "checkpoint" and refine is not None:
+                    continue
                 if value != inspect.signature(optimize).parameters[name].default:
                     raise OptionError(f"{name}={value!r} has no effect on a calibration that is done; leave it out")
             program, table, calibration = _adopt(inner, calib_loader, capture, skip)
@@ -163,12 +168,14 @@ def optimize(
             curves=study.curves,
             effects=study.effects,
             planner=planner,
+            forms=None if forms is None else tuple(forms),
             effort=limits,
             notes=(
                 *remarks,
                 *measure_note(measure),
                 *program.notes,
                 *calibration.notes,
+                *study.notes,
                 *random_note(program, calibration.select_batches[0]),
             ),
             params=sum(parameter.numel() for parameter in inner.parameters()),

@@ -101,11 +101,21 @@ class TradeOff:
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """A plan that was scored: the share of the model it keeps, its error on the select half, its metric."""
+    """A plan that was scored.
+
+    Attributes:
+        kept: the share of the model that it keeps.
+        error: on the select half.
+        value: its metric; None where that was not finite, which JSON has no number for.
+    """
 
     kept: float
     error: float
-    value: float
+    value: float | None
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            object.__setattr__(self, "value", None)
 
 
 @dataclass(frozen=True)
@@ -273,7 +283,7 @@ def _read(data: Any, kind: Any, where: str, complete: bool) -> Any:
             return tuple(_read(data[i], members[i], f"{where}[{i}]", complete) for i in range(len(data)))
     allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     is_number = type(data) is int or (type(data) is float and math.isfinite(data))
-    if is_number if float in allowed else type(data) in allowed:
+    if (is_number and float in allowed) or (type(data) is not float and type(data) in allowed):
         return data
     raise PlanError(f"a plan is malformed: {where} is {repr(data)[:60]}, which is no {getattr(kind, '__name__', kind)}")
 

@@ -5,8 +5,11 @@ Per step, on one batch, with y the original's outputs, z the values of its sites
     loss = |y^ - y|^2 / |y|^2  +  blocks * mean over sites of |z^ - z|^2 / |z|^2
 
 The first term is the square of the error that plans are compared by; the second one tells every layer what it should
-give, whatever its scale. Factors, biases and the parameters of norms learn; everything else stays. Held-out batches
-decide which state is kept, the one at the start among them, so the result is never worse there than its start.
+give, whatever its scale. Where that error is not the L2 distance but the Kullback-Leibler divergence (``kl.py``), the
+first term is the square of that; for a loss of the user's, which needs the loader's own batches and the model's own
+classes, the L2 distance stands. Factors, biases and the parameters of norms learn (``refine_roles.py``); everything
+else stays. Held-out batches decide which state is kept, by the error that was asked for, the one at the start among
+them, so the result is never worse there than its start.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,15 @@ from lowrank_fx.capture import preserved
 from lowrank_fx.effects import held_out_error
 from lowrank_fx.errors import OptionError, StorageError
 from lowrank_fx.fingerprint import call_checksum
-from lowrank_fx.program import Program
+from lowrank_fx.judges import Judge
+from lowrank_fx.losses import LossMeasure
+from lowrank_fx.program import Outputs, Program
 from lowrank_fx.refine_loss import outputs_loss, sites_loss
 from lowrank_fx.refine_options import Refine, callable_name
+from lowrank_fx.refine_roles import is_factor, trained
 from lowrank_fx.training_batches import ShuffledBatches, step_generator
 
-FORMAT = 1
+FORMAT = 2
 NAME = "refine"
 
 EVALUATIONS = 20
@@ -49,6 +55,7 @@ LEAST_SIZE = 0.01
 """The least scale of a bias or of a norm's parameter."""
 
 NOT_FINITE = "the loss or its gradient is not finite; a smaller lr may help"
+NO_MEMORY = "memory ran out; a smaller batch may help"
 
 LARGEST_SCALE = 2.0**16
 """By what the loss of a float16 model is multiplied at first, so that its gradients do not vanish."""
@@ -108,7 +115,7 @@ def refine(
         OptionError: ``augment`` returned something that is not a batch.
         StorageError: the checkpoint cannot be written, is damaged, or is of another run.
     """
-    if not trained(factored.module):
+    if not trained(factored):
         error = held_out_error(factored, select)
         return Refined((), error, error, 0, 0, 0.0, ("nothing was refined: there is no factor, bias or norm to learn",))
     wanted = {id(parameter): parameter.requires_grad for parameter in factored.module.parameters()}
@@ -121,15 +128,6 @@ def refine(
             for parameter in factored.module.parameters():
                 parameter.requires_grad_(wanted[id(parameter)])
                 parameter.grad = None
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a factored module that refinement changes: factors, biases, parameters of norms."""
-    return {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.is_floating_point() and parameter.numel() and (_is_factor(name) or parameter.dim() == 1)
-    }
 
 
 class _Run:
@@ -145,8 +143,9 @@ class _Run:
         folder: Path | None,
     ) -> None:
         self.factored, self.select, self.options, self.folder = factored, select, options, folder
+        self.judge = select[0].judge if select else None
         self.batches = ShuffledBatches(inputs, options.batch, options.seed)
-        self.parameters = trained(factored.module)
+        self.parameters = trained(factored)
         for parameter in factored.module.parameters():
             parameter.requires_grad_(False)
         self.masters = [_master(parameter) for parameter in self.parameters.values()]
@@ -163,7 +162,7 @@ class _Run:
         self.losses: list[float] = []
         self.history: list[tuple[int, float, float]] = []
         self.notes: list[str] = []
-        self.done = self.start == 0
+        self.done, self.broken = self.start == 0, False
         halves = any(parameter.dtype == torch.float16 for parameter in factored.module.parameters())
         self.scale = LARGEST_SCALE if halves else 1.0
         self.before = 0.0
@@ -189,7 +188,7 @@ class _Run:
             while not self.done:
                 loss = self._advance()
                 self.before = time.monotonic() - started
-                if self.folder is not None and (self.done or time.monotonic() >= self.due):
+                if self.folder is not None and not self.broken and (self.done or time.monotonic() >= self.due):
                     self._write()
                 bar.advance(note=f"loss {loss:.4g}, held-out error {self.best:.4g} (at the start {self.start:.4g})")
         with torch.no_grad():
@@ -201,7 +200,7 @@ class _Run:
 
     def _advance(self) -> float:
         """One step, and a look at the held-out batches where one is due; the training loss."""
-        loss = self._learn()
+        loss = self._attempt()
         if isinstance(loss, str):
             self.notes.append(f"refinement stopped at step {self.step + 1}: {loss}")
             self.done = True
@@ -229,16 +228,29 @@ class _Run:
     def _looks_since_best(self) -> int:
         return sum(step > self.best_step for step, _, _ in self.history)
 
-    def _learn(self) -> float | str:
-        """One step of the optimizer; the loss, or why it cannot be done."""
-        call = self._batch()
-        device = self.factored.device
-        # A model that draws random numbers draws the same on both sides, and others in the next step.
-        with torch.no_grad(), seeded(device, self.step):
-            wanted, inner = self.teacher(call)
-        with recording(), seeded(device, self.step):
+    def _attempt(self) -> float | str:
+        """One step; the training loss, or why it cannot be done."""
+        call, wanted = self._batch(), None
+        try:
+            # A model that draws random numbers draws the same on both sides, and others in the next step.
+            with torch.no_grad(), seeded(self.factored.device, self.step):
+                wanted, inner = self.teacher(call)
+            return self._learn(call, wanted, inner)
+        except (RuntimeError, MemoryError) as error:
+            if _is_out_of_memory(error):
+                self.broken = True  # the same call may go on from the last checkpoint where there is more memory
+                return NO_MEMORY
+            if wanted is None:
+                raise
+            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            return f"the factored model cannot be differentiated: {said}"
+
+    def _learn(self, call: Call, wanted: Outputs, inner: Mapping[str, Tensor]) -> float | str:
+        """One step of the optimizer towards the original's outputs and the values of its sites."""
+        with recording(), seeded(self.factored.device, self.step):
             given, inside = self.student(call)
-            loss = outputs_loss(given, wanted, call.mask)
+            own = self.judge.loss(given, wanted, call.mask) if self.judge is not None else None
+            loss = outputs_loss(given, wanted, call.mask) if own is None else own
             if self.options.blocks:
                 loss = loss + self.options.blocks * sites_loss(inside, inner, call.mask, self.turned)
         if not loss.requires_grad:
@@ -303,6 +315,7 @@ class _Run:
         """What a run depends on; one that is resumed has to agree on all of it."""
         return {
             "options": self.options.to_json(),
+            "loss": _loss_name(self.judge),
             "parameters": {name: sha256_tensor(tensor) for name, tensor in self.factored.module.named_parameters()},
             "inputs": [call_checksum(call) for call in inputs],
             "select": [call_checksum(batch.call) for batch in self.select],
@@ -357,15 +370,23 @@ _PROGRESS = ("step", "losses", "history", "notes", "start", "best", "best_step",
 """Attributes of a run that are numbers, lists of numbers, or text."""
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _loss_name(judge: Judge | None) -> str | None:
+    """What errors are measured by, with the place of a function of the user's; None for the L2 distance."""
+    if judge is None:
+        return None
+    return callable_name(judge.measure.fn) if isinstance(judge.measure, LossMeasure) else judge.measure.name
+
+
 def _master(parameter: nn.Parameter) -> Tensor:
     """What the optimizer changes: the parameter, or a float32 copy where it is narrower."""
     if parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return parameter.detach().float()
-
-
-def _is_factor(name: str) -> bool:
-    return name.endswith(("factor_in", "factor_mid", "factor_out"))
 
 
 def _size(name: str, parameter: Tensor) -> float:
@@ -374,6 +395,6 @@ def _size(name: str, parameter: Tensor) -> float:
     A bias or a norm's parameter may be zero and still has to move: it counts for ``LEAST_SIZE`` at least.
     """
     size = float(parameter.detach().double().square().mean().sqrt())
-    if _is_factor(name):
+    if is_factor(name):
         return size or LEAST_SIZE
     return max(size, LEAST_SIZE)

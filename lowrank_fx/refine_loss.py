@@ -14,15 +14,24 @@ from lowrank_fx.program import Outputs
 
 def outputs_loss(given: Outputs, wanted: Outputs, mask: Tensor | None) -> Tensor:
     """The square of the relative error of all floating outputs, as :class:`ErrorSum` has it."""
+    sums = [_squares(*pair, mask) for pair in paired(given, wanted)]
+    errors = torch.stack([error for error, _ in sums]).sum()
+    return ratio(errors, torch.stack([size for _, size in sums]).sum())
+
+
+def paired(given: Outputs, wanted: Outputs) -> list[tuple[Tensor, Tensor]]:
+    """The floating outputs of two models side by side.
+
+    Raises:
+        CalibrationError: their shapes differ.
+    """
     values, references = floating_outputs(given), floating_outputs(wanted)
     if [value.shape for value in values] != [reference.shape for reference in references]:
         raise CalibrationError(
             "the factored model returns other shapes than the original, so it cannot learn from it; models whose "
             "shapes depend on values cannot be refined"
         )
-    sums = [_squares(*pair, mask) for pair in zip(values, references, strict=True)]
-    errors = torch.stack([error for error, _ in sums]).sum()
-    return _ratio(errors, torch.stack([size for _, size in sums]).sum())
+    return list(zip(values, references, strict=True))
 
 
 def sites_loss(
@@ -37,7 +46,7 @@ def sites_loss(
         turned: names of those whose rows come position by position.
     """
     losses = [
-        _ratio(*_squares(value, wanted[name], mask.t() if mask is not None and name in turned else mask))
+        ratio(*_squares(value, wanted[name], mask.t() if mask is not None and name in turned else mask))
         for name, value in given.items()
         if name in wanted and value.shape == wanted[name].shape
     ]
@@ -68,6 +77,7 @@ def _real(shape: torch.Size, mask: Tensor | None) -> Tensor | None:
     return None
 
 
-def _ratio(error: Tensor, size: Tensor) -> Tensor:
+def ratio(error: Tensor, size: Tensor) -> Tensor:
+    """A squared error relative to a squared size."""
     # What is zero in the original has no relative error; its own square keeps a meaning and a gradient.
     return error / torch.where(size > 0, size, 1.0)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import enum
+import functools
+import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import CodeType, FunctionType
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 
+from lowrank_fx._describe import is_dataclass
+from lowrank_fx._files import sha256_tensor
 from lowrank_fx.batches import Call
 from lowrank_fx.errors import OptionError
 
@@ -78,7 +85,7 @@ class Refine:
         return math.inf if self.schedule == "one_cycle" else 8
 
     def to_json(self) -> dict[str, Any]:
-        """The options as JSON data; ``augment`` by its name."""
+        """The options as JSON data; ``augment`` by its name, see :func:`callable_name`."""
         names = ("steps", "lr", "batch", "schedule", "blocks", "weight_decay", "every", "patience", "seed")
         return {
             "type": "refine",
@@ -111,8 +118,63 @@ def refine_from_json(data: Any, augment: Augment | None = None) -> Refine:
     raise OptionError(f"not options of refinement: {data!r}")
 
 
-def callable_name(augment: Augment | None) -> str | None:
-    """Where a function is defined, as ``module:name``; None for None."""
-    if augment is None:
+def callable_name(augment: Callable[..., Any] | None) -> str | None:
+    """Where a function is defined, as ``module:name``; None for None.
+
+    A ``functools.partial``, and an object of a dataclass, also tell what they hold. Lambdas, and what is defined inside
+    of a function, share their names with others, so a checksum of the code and of what it captured stands behind.
+    Values without a short text of their own count by their class.
+    """
+    return None if augment is None else _named(augment, ())
+
+
+def _named(value: Any, within: tuple[int, ...]) -> str:
+    """The name of a callable; ``within`` are the objects that led to it, which may lead back."""
+    if id(value) in within:
+        return "..."
+    within = (*within, id(value))
+    if isinstance(value, functools.partial):
+        given = [_told(entry, within) for entry in value.args]
+        given += [f"{name}={_told(entry, within)}" for name, entry in sorted(value.keywords.items())]
+        return f"functools.partial({', '.join([_named(value.func, within), *given])})"
+    owner = value if hasattr(value, "__qualname__") else type(value)
+    name = f"{getattr(owner, '__module__', '')}:{owner.__qualname__}"
+    if isinstance(value, FunctionType) and "<" in value.__qualname__:
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        held = [value.__defaults__, value.__kwdefaults__, *cells]
+        parts = [_told(value.__code__, within), *(_told(entry, within) for entry in held)]
+        return f"{name}#{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+    if is_dataclass(value):
+        entries = (f"{each.name}={_told(getattr(value, each.name, None), within)}" for each in fields(value))
+        return f"{name}({', '.join(entries)})"
+    return name
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, torch.dtype, torch.device)
+
+
+def _told(value: Any, within: tuple[int, ...]) -> str:
+    """A value as text that is the same in every process."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, CodeType):
+        return repr((value.co_code, value.co_names, [_told(each, within) for each in value.co_consts]))
+    if isinstance(value, Tensor):
+        return f"Tensor#{sha256_tensor(value)[:8]}" if value.layout is torch.strided else type(value).__qualname__
+    if callable(value) or is_dataclass(value) or id(value) in within:
+        return _named(value, within)
+    within = (*within, id(value))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_told(key, within)}: {_told(entry, within)}' for key, entry in value.items())}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(_told(entry, within) for entry in value))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_told(entry, within) for entry in value)}]"
+    return type(value).__qualname__
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned to it yet
         return None
-    return f"{getattr(augment, '__module__', '')}:{getattr(augment, '__qualname__', type(augment).__qualname__)}"

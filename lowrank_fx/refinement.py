@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lowrank_fx.cache import CachedBatch
 from lowrank_fx.corrections import Made
 from lowrank_fx.effects import held_out_error
 from lowrank_fx.forms import Factors
-from lowrank_fx.plan import Plan, Refinement
+from lowrank_fx.losses import LossMeasure
+from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, Refinement
 from lowrank_fx.program import Factored, Program
 from lowrank_fx.refine import Refined, refine
 from lowrank_fx.refine_options import Refine
@@ -23,6 +25,8 @@ from lowrank_fx.scored import score
 from lowrank_fx.session import Session
 from lowrank_fx.sites import Site
 from lowrank_fx.targets import Metric
+
+NOT_SCORED = "it was not refined, because no call of the metric was left for a refined plan; allow more evaluations"
 
 
 def refined_plan(
@@ -36,10 +40,11 @@ def refined_plan(
         chosen: what the plan puts into the program.
         options: of refinement.
         checkpoint: a folder; the state is kept inside of it, in a folder of its own for each plan. None keeps none.
+            The plan of a target that obeys a clock may be another one the next time, whose refinement begins anew.
 
     Returns:
         The plan with the errors of the refined program, and that program, which owns its tensors. Under a ``Metric``
-        that no longer holds after it, the unrefined program with a note.
+        that no longer holds after it, or that may not be asked again, the unrefined program with a note.
 
     Raises:
         CalibrationError: calibration kept no inputs.
@@ -47,31 +52,48 @@ def refined_plan(
         StorageError: the checkpoint cannot be written, is damaged, or is of another run.
     """
     program = chosen.into(session.program, clone=True)
+    target, seen = plan.target, plan.metric
+    if isinstance(target, Metric) and seen is not None and seen.evaluations >= target.evaluations:
+        return replace(plan, notes=(*plan.notes, NOT_SCORED)), program
+    select = session.calibration.select_batches
     key = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     folder = None if checkpoint is None else Path(checkpoint) / f"refine-{key}"
     done = refine(
         session.program,
         program,
         session.calibration.input_batches,
-        session.calibration.select_batches,
+        select,
         options,
         checkpoint=folder,
         progress=session.progress,
     )
     said = Refinement(done.steps, done.best_step, done.start, done.best, json.dumps(options.to_json(), sort_keys=True))
-    plan = replace(plan, notes=(*plan.notes, *done.notes), refinement=said)
+    plan = replace(plan, notes=(*plan.notes, *_substituted(select), *done.notes), refinement=said)
     if not done.best_step:
         word = "refinement lowered no held-out error, so the factors are those that the plan started with"
         return replace(plan, notes=(*plan.notes, word)), program
-    if isinstance(plan.target, Metric) and plan.metric is not None:
-        value = score(plan.target, program.copy(), "the refined plan")
-        if not plan.target.holds(plan.metric.before, value):
+    if isinstance(target, Metric) and seen is not None:
+        value = score(target, program.copy(), "the refined plan")
+        point = MetricPoint(plan.totals.kept(target.of, "model"), done.best, value)
+        seen = MetricSearch(seen.before, seen.after, (*seen.points, point))
+        plan = replace(plan, metric=seen)
+        if not target.holds(seen.before, value):
             word = f"refinement took the metric to {value:g}, further than allowed, so it was undone"
             undone = replace(said, best_step=0, after=said.before)
             unrefined = chosen.into(session.program, clone=True)
             return replace(plan, notes=(*plan.notes, word), refinement=undone), unrefined
-        plan = replace(plan, metric=replace(plan.metric, after=value))
+        plan = replace(plan, metric=replace(seen, after=value))
     return _measured_again(session, plan, chosen.factored, program, done), program
+
+
+def _substituted(select: Sequence[CachedBatch]) -> tuple[str, ...]:
+    """A line where what refinement minimises is not what errors are measured by."""
+    judge = select[0].judge
+    if judge is None or not isinstance(judge.measure, LossMeasure):
+        return ()
+    return (
+        f"refinement minimised the L2 distance of outputs, not {judge.measure.name}, which only chose among its states",
+    )
 
 
 def _measured_again(session: Session, plan: Plan, factored: Factored, program: Program, done: Refined) -> Plan:

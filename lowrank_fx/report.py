@@ -169,6 +169,9 @@ class Report:
             return []
         rows = [(percent(1.0), number(0.0), f"{seen.before:.6g}", "", "the original")]
         for point in seen.points:
+            if point.value is None:
+                rows.append((percent(point.kept), number(point.error), "not finite", "", "drops too far"))
+                continue
             verdict = "holds" if target.holds(seen.before, point.value) else "drops too far"
             drop = f"{target.drop(seen.before, point.value):.3g}"
             rows.append((percent(point.kept), number(point.error), f"{point.value:.6g}", drop, verdict))

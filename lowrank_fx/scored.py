@@ -10,16 +10,17 @@ from lowrank_fx.program_module import ProgramModule
 from lowrank_fx.targets import Metric
 
 
-def score(target: Metric, program: Program, plan: str) -> float:
+def score(target: Metric, program: Program, plan: str, *, original: bool = False) -> float:
     """The metric of a program; every program meets the same random numbers.
 
     Args:
         target: the metric.
         program: owns its tensors: a metric may cast, move or train what it is given.
         plan: what the program is, in words, for messages.
+        original: it is the original, whose metric has to be finite; of a plan one that is not is infinitely bad.
 
     Raises:
-        TargetError: the metric raised an error, or returned something other than a finite number.
+        TargetError: the metric raised an error, or returned something other than a number; see :meth:`Metric.score`.
     """
     with seeded(program.device), torch.no_grad():
-        return target.score(ProgramModule(program), plan)
+        return target.score(ProgramModule(program), plan, original=original)

@@ -7,10 +7,10 @@ shares the model's weights, which therefore have to stay as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 from torch import nn
 
@@ -21,10 +21,12 @@ from lowrank_fx.calibration import Calibration
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.corrections import Made, Settled
 from lowrank_fx.curves import EffectCurve, SiteCurves
-from lowrank_fx.double_sided import split_variant
-from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_joint
+from lowrank_fx.double_sided import ACTIVATION, split_variant, variant
+from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_effects, measure_joint
 from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.errors import TargetError
+from lowrank_fx.forms import FORMS, why_none
+from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.frozen import Frozen
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.offers import Offers
@@ -34,9 +36,10 @@ from lowrank_fx.planners.budget import Outcome, within_budget, within_tolerance
 from lowrank_fx.planners.marginal import around, neighbours
 from lowrank_fx.planners.metric import within_drop
 from lowrank_fx.planners.problem import Allocator, Pick, Problem
+from lowrank_fx.planners.uniform import uniform
 from lowrank_fx.program import Program
 from lowrank_fx.scored import score
-from lowrank_fx.settle import Maker, gauge_notes
+from lowrank_fx.settle import Choice, Maker, gauge_notes
 from lowrank_fx.shared_inputs import Joint, joined, sharing_notes
 from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.sites import SiteTable
@@ -44,6 +47,15 @@ from lowrank_fx.targets import CostKind, Keep, Metric, Target, Tolerance, obeys_
 
 MARGINAL_FLOPS = 5.0e11
 """Work allowed for measuring effects again around a plan; where the least rows cost more, it is left out."""
+
+MOST_REASONS, MOST_NAMES = 3, 3
+"""Reasons why weights cannot be factored that a message tells, and weights that it names for each."""
+
+BASELINE = "uniform, plain"
+"""The candidate that owes nothing to measured effects, nor to gradients."""
+
+Taken: TypeAlias = tuple[tuple[str, tuple[str, int]], ...]
+"""A choice that can be looked up."""
 
 
 class Planned(NamedTuple):
@@ -73,6 +85,8 @@ class Session:
         regauge: whether pairs are re-gauged where they can be, which the target says.
         times: measured times of the sites, of a target that obeys them: options that are not faster are not on offer.
         joints: layers that may have one first factor; their options are for plans that take all of each.
+        forms: names of the forms that the user allows; None for all.
+        refines: whether plans are refined, which under a ``Metric`` takes a call of its own.
     """
 
     model: nn.Module
@@ -89,7 +103,10 @@ class Session:
     regauge: bool = False
     times: SiteTimes | None = None
     joints: tuple[Joint, ...] = ()
+    forms: tuple[str, ...] | None = None
+    refines: bool = False
     _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _late: dict[tuple[str, str], EffectCurve] = field(default_factory=dict, repr=False)
 
     @cached_property
     def problem(self) -> Problem:
@@ -146,15 +163,14 @@ class Session:
             return self._plan(target, share)
 
     def _plan(self, target: Target, share: float | None) -> Planned:
-        batches = self.calibration.select_batches
-        errors: dict[Pick, float] = {}
+        errors: dict[Taken, float] = {}
 
         def evaluate(pick: Pick) -> float:
-            if pick not in errors:
-                errors[pick] = joint_error(
-                    self.program, self.maker.factors(self.problem.factored(pick), final=False), batches
-                )
-            return errors[pick]
+            choice = self.problem.factored(pick)
+            taken = tuple(choice.items())
+            if taken not in errors:
+                errors[taken] = self._select_error(choice)
+            return errors[taken]
 
         allocators = planner(self.planner)
         if isinstance(target, Metric):
@@ -167,6 +183,7 @@ class Session:
                 smaller = within_tolerance(self.problem, quantity, target.error, marginal, evaluate)
                 if self.problem.cost(smaller.pick, quantity) < self.problem.cost(outcome.pick, quantity):
                     outcome = smaller
+            budget = self.problem.cost(outcome.pick, quantity)
         else:
             quantity = target.quantity
             budget = self.budget(target, share)
@@ -174,8 +191,7 @@ class Session:
             marginal = self._around(outcome.pick)
             if marginal is not None:
                 outcome = outcome.against(within_budget(self.problem, quantity, budget, marginal, evaluate))
-            return self._shared(target, quantity, outcome)
-        return self._finish(target, quantity, outcome)
+        return self._challenged(target, quantity, outcome, budget, errors)
 
     def sharing(self, pick: Pick) -> tuple[Session, Pick] | None:
         """A pick with one first factor for the layers that are predicted to do better with it; None where none are.
@@ -195,19 +211,86 @@ class Session:
         options, indices = session.problem.options, self.problem.indices(pick)
         return session, tuple(len(options[name]) - 1 if name in shared else index for name, index in indices.items())
 
-    def _shared(self, target: Keep, quantity: CostKind, outcome: Outcome) -> Planned:
-        """The plan of an outcome, with one first factor for several layers where held-out rows like it."""
-        found = self.sharing(outcome.pick) if "effect" in planner(self.planner) else None
-        if found is None:
+    def _challenged(
+        self, target: Target, quantity: CostKind, outcome: Outcome, budget: int, known: Mapping[Taken, float]
+    ) -> Planned:
+        """The plan of an outcome, or of what held-out rows like better and costs no more than ``budget``.
+
+        In the running are one first factor for several layers, and the baseline.
+
+        Args:
+            target: what was asked for.
+            quantity: what is saved.
+            outcome: of the search.
+            budget: what the sites may cost.
+            known: errors on the select half that were measured.
+        """
+        if "effect" not in planner(self.planner) or not self.problem.factored(outcome.pick):
             return self._finish(target, quantity, outcome)
-        session, pick = found
-        factors = session.maker.factors(session.problem.factored(pick), final=False)
-        error = joint_error(self.program, factors, self.calibration.select_batches)
-        candidate = f"{outcome.candidate}, shared inputs"
-        tried = replace(outcome, candidates=(*outcome.candidates, (candidate, error)))
-        if not error < outcome.error:
-            return self._finish(target, quantity, tried)
-        return session._finish(target, quantity, replace(tried, pick=pick, candidate=candidate, error=error))
+        owner, best, candidates = self, outcome, outcome.candidates
+        shared = self.sharing(outcome.pick)
+        if shared is not None:
+            session, pick = shared
+            error = session._select_error(session.problem.factored(pick))
+            candidate = f"{outcome.candidate}, shared inputs"
+            candidates = (*candidates, (candidate, error))
+            if error < best.error:
+                owner, best = session, Outcome(pick, candidate, error, apart=outcome)
+        choice = self._baseline(quantity, budget)
+        if choice is not None and tuple(choice.items()) not in known:
+            error = self._select_error(choice)
+            candidates = (*candidates, (BASELINE, error))
+            if error < best.error:
+                owner, pick = self._offering(choice)
+                best = Outcome(pick, BASELINE, error)
+        return owner._finish(target, quantity, replace(best, candidates=candidates))
+
+    def _baseline(self, quantity: CostKind, budget: int) -> Choice | None:
+        """A uniform allocation over the output forms in the basis of activations, in the race or not.
+
+        The pick that every proxy has to beat: neither effects nor gradients have a part in it. None where a low effort
+        made no curves in that basis, where nothing of it fits, and under a share of the time, which only what is on
+        offer is timed for.
+        """
+        variants = [(name, form) for name, entry in self.curves.items() for form in entry.forms]
+        twinned = all(split_variant(form)[0] in self.curves[name].forms for name, form in variants)
+        if quantity == "latency" or not twinned:
+            return None
+        effects = {(name, form): EffectCurve(()) for name, form in variants if _is_plain(form)}
+        problem = replace(self, effects=effects).problem
+        if problem.smallest(quantity) > budget:
+            return None
+        return problem.factored(uniform(problem, quantity, budget))
+
+    def _offering(self, choice: Choice) -> tuple[Session, Pick]:
+        """The session that has all of a choice on offer, and the choice as a pick there."""
+        raced = all((name, form) in self.effects for name, (form, _) in choice.items())
+        session = self if raced else self._with_plain
+        pick = []
+        for name, options in session.problem.options.items():
+            taken = [(option.form, option.rank) for option in options]
+            pick.append(taken.index(choice[name]) if name in choice else 0)
+        return session, tuple(pick)
+
+    @cached_property
+    def _with_plain(self) -> Session:
+        """The session with the plain variants on offer that left the race, their effects measured now."""
+        if not self._late:
+            curves = {}
+            for name, entry in self.curves.items():
+                left = {
+                    form: curve
+                    for form, curve in entry.forms.items()
+                    if _is_plain(form) and (name, form) not in self.effects
+                }
+                if left:
+                    curves[name] = replace(entry, forms=left)
+            self._late.update(measure_effects(self.program, curves, self.calibration, self.effort, self.progress))
+        return replace(self, effects={**self.effects, **self._late})
+
+    def _select_error(self, choice: Choice) -> float:
+        """The error of a choice on the select half, with factors as candidates are compared."""
+        return joint_error(self.program, self.maker.factors(choice, final=False), self.calibration.select_batches)
 
     def _around(self, pick: Pick) -> Mapping[str, Allocator] | None:
         """The candidate by the effects that sites have around a pick; None where measuring them is too dear."""
@@ -229,9 +312,9 @@ class Session:
         self, target: Metric, allocators: Mapping[str, Allocator], evaluate: Callable[[Pick], float]
     ) -> Planned:
         """The cheapest plan found that keeps the metric, scored with the very factors that come back."""
-        # One call of the metric is left for a plan that loses layers which turn out not to pay.
-        spared = 1 if self.times is not None and target.evaluations > 2 else 0
-        asked = replace(target, evaluations=target.evaluations - spared)
+        # One call of the metric is left for a plan that loses layers which turn out not to pay, one for a refined plan.
+        spared = (self.times is not None) + self.refines
+        asked = replace(target, evaluations=max(target.evaluations - spared, 2))
         values: dict[Pick, float] = {}
         errors: dict[Pick, float] = {}
         held: dict[Pick, Settled] = {}
@@ -242,7 +325,8 @@ class Session:
                 kept = self.account.totals(pick).kept(target.of, "model")
                 plan = f"the plan that keeps {kept:.1%} of its {target.of}" if settled.made.factored else "the original"
                 # A metric may cast, move or train what it is given, so that must not be the user's own tensors.
-                value = score(target, settled.made.into(self.program, clone=True), plan)
+                program, original = settled.made.into(self.program, clone=True), not settled.made.factored
+                value = score(target, program, plan, original=original)
                 values[pick], errors[pick] = value, settled.error
                 if target.holds(values[self.problem.dense], value):
                     held.clear()  # each that holds is cheaper than those before; factors of all would be many models
@@ -282,12 +366,20 @@ class Session:
         target, outcome = planned.plan.target, planned.outcome
         quantity = "flops" if isinstance(target, Tolerance) else target.quantity
         reasons = {site.name: site.reason for site in planned.plan.sites if not site.factored} | dict(reasons)
-        names = self.problem.indices(outcome.pick).items()
-        pick = tuple(0 if name in reasons else index for name, index in names)
+        if outcome.apart is not None:  # a first factor is for all layers that were to share it
+            outcome = replace(outcome.apart, candidates=outcome.candidates)
+            choice = self.problem.factored(outcome.pick)
+        else:
+            choice = {
+                site.name: (variant(site.form, site.basis), site.rank)
+                for site in planned.plan.sites
+                if site.rank is not None
+            }
+        choice = {name: taken for name, taken in choice.items() if name not in reasons}
         with settled(self.program.device):
-            factors = self.maker.factors(self.problem.factored(pick), final=False)
-            error = joint_error(self.program, factors, self.calibration.select_batches)
-            plan, made, outcome = self._finish(target, quantity, replace(outcome, pick=pick, error=error))
+            session, pick = self._offering(choice)
+            error = session._select_error(choice)
+            plan, made, outcome = session._finish(target, quantity, replace(outcome, pick=pick, error=error))
             plan = replace(plan, sites=tuple(_reasoned(site, reasons) for site in plan.sites))
             if planned.plan.metric is not None and isinstance(target, Metric):
                 plan = self._scored_again(replace(plan, metric=planned.plan.metric), target, made)
@@ -334,7 +426,21 @@ class Session:
         if self.times is not None:
             paying = sum(len(options) > 1 for options in self.problem.options.values())
             counts = f"{paying} of {weights} weights can be factored and measured faster so"
+        counts = "; ".join((counts, *self._unfactored()))
         return self.account.budget(target, target.share if share is None else share, counts)
+
+    def _unfactored(self) -> list[str]:
+        """Why weights cannot be factored: the reasons that most of them have, with their names."""
+        reasons: dict[str, list[str]] = {}
+        for site in self.table.sites:
+            if site.name not in self.curves:
+                reached = self.calibration.sketch_of(self.table, site) is not None
+                reason = why_none(site, self.forms) if reached else "calibration never reached it"
+                reasons.setdefault(reason, []).append(site.name)
+        for entry in self.table.left_alone:
+            reasons.setdefault(entry.reason, []).append(entry.name)
+        told = sorted(reasons.items(), key=lambda item: -len(item[1]))[:MOST_REASONS]
+        return [f"{_listed(names)}: {reason}" for reason, names in told]
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
@@ -400,6 +506,16 @@ class Session:
             curve=apart.account.trade_off(quantity),
         )
         return Planned(plan, made, outcome)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a variant is an output form in the basis of activations."""
+    form, basis = split_variant(name)
+    return basis == ACTIVATION and isinstance(FORMS[form], OutputForm)
 
 
 def _reasoned(site: SitePlan, reasons: Mapping[str, str]) -> SitePlan:

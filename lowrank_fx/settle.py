@@ -1,11 +1,13 @@
 """From a choice of forms and ranks to the factors that a plan puts into a program.
 
-A choice is a variant and a rank per factored site. Its factors come from the sketches; corrections improve them and
-held-out rows say which; pairs are re-gauged last, where that is asked for.
+A choice is a variant and a rank per factored site. Its factors come from the sketches; alternation and corrections are
+to improve them, and held-out rows say which of them did: what comes back is never worse on these than what a choice was
+compared by. Pairs are re-gauged last, where that is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -28,6 +30,9 @@ from lowrank_fx.sites import Site, SiteTable
 
 Choice: TypeAlias = Mapping[str, tuple[str, int]]
 """Variant and rank of every factored site, by site name."""
+
+ALTERNATED = "alternated"
+"""What is said of a plan whose forms were improved by alternation (``forms/alternating.py``)."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +91,22 @@ class Maker:
             return CORRECTIONS[how](self.program, self.table, self.calibration, factored, remake, self.progress)
 
     def settled(self, choice: Choice, error: float) -> Settled:
-        """The factors that a plan is made of: corrected in the way that gives the least error on the select half.
+        """The factors that a plan is made of: those of least error on the select half.
+
+        In the running are the factors as candidates are compared, alternated ones where there are any, and corrected
+        ones.
 
         Args:
             choice: variant and rank by site name.
-            error: its error on the select half as candidates are compared.
+            error: its error on the select half as candidates are compared; infinite where that is not known.
         """
-        made = Made(self.factors(choice))
-        if not made.factored:
-            return Settled(made, error)
-        plain = best = Settled(made, self._error(made))
-        if not isinstance(self.program, GraphProgram):
-            return best  # a module tree runs as a whole, so nothing can be fitted between its layers
+        if not choice:
+            return Settled(Made({}), error)
         tried: list[tuple[str, float]] = []
+        plain = best = self._uncorrected(choice, error, tried)
+        # A module tree runs as a whole, so nothing can be fitted between its layers.
+        if not isinstance(self.program, GraphProgram):
+            return replace(best, tried=tuple(tried))
         for how in self.corrections:
             best = self._better(best, Made(self.corrected(choice, how, plain.made.factored)), how, tried)
         made = with_norms(self.program, self.calibration, best.made)
@@ -135,6 +143,17 @@ class Maker:
             offset = sketch.rows * float(moved.square().sum())
         energy = sketch.certificate(matrix, centered=site.centered)[0]
         return relative(least + offset, energy), relative(most + offset, energy)
+
+    def _uncorrected(self, choice: Choice, error: float, tried: list[tuple[str, float]]) -> Settled:
+        """The better of the factors as candidates are compared and as their forms make them at best."""
+        made = Made(self.factors(choice))
+        if not any(isinstance(FORMS[split_variant(form)[0]], AlternatingForm) for form, _ in choice.values()):
+            return Settled(made, error if math.isfinite(error) else self._error(made))
+        alternated = Settled(made, self._error(made), ALTERNATED)
+        tried.append((ALTERNATED, alternated.error))
+        if alternated.error < error:
+            return alternated
+        return Settled(Made(self.factors(choice, final=False)), error)
 
     def _error(self, made: Made) -> float:
         return made.error(self.program, self.calibration.select_batches)

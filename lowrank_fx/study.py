@@ -9,7 +9,7 @@ from lowrank_fx.calibration import Calibration
 from lowrank_fx.curves import EffectCurve, SiteCurves, error_curves
 from lowrank_fx.effects import measure_effects
 from lowrank_fx.effort import Effort
-from lowrank_fx.gradients import output_gradients
+from lowrank_fx.gradients import OutputGradients, output_gradients
 from lowrank_fx.program import Program
 from lowrank_fx.sites import SiteTable
 
@@ -20,12 +20,12 @@ class Study(NamedTuple):
     Attributes:
         curves: error curves by site name, of the sites that calibration reached.
         effects: measured effects by (site name, variant).
-        by_gradients: whether gradients took part.
+        notes: what the user should know: why no gradients took part, where they might have.
     """
 
     curves: Mapping[str, SiteCurves]
     effects: Mapping[tuple[str, str], EffectCurve]
-    by_gradients: bool
+    notes: tuple[str, ...]
 
 
 def studied(
@@ -35,7 +35,7 @@ def studied(
     effort: Effort,
     *,
     forms: Sequence[str] | None = None,
-    differentiable: bool = True,
+    underivable: str = "",
     measured: bool = True,
     progress: bool = True,
 ) -> Study:
@@ -47,11 +47,14 @@ def studied(
         calibration: of it.
         effort: how much work it may be.
         forms: those that may be used (default: all).
-        differentiable: False where it is known that no gradient can be taken.
+        underivable: why no gradient can be taken, where that is known; else empty.
         measured: False leaves the effects out, where nothing is searched.
         progress: show progress bars for work over two seconds.
     """
-    gradients = output_gradients(program, table, calibration, effort, progress) if differentiable else {}
-    curves = error_curves(program, table, calibration, forms, progress, gradients, twins=effort.twins)
+    gradients = OutputGradients({}, underivable)
+    if not underivable:
+        gradients = output_gradients(program, table, calibration, effort, progress)
+    curves = error_curves(program, table, calibration, forms, progress, gradients.sketches, twins=effort.twins)
     effects = measure_effects(program, curves, calibration, effort, progress) if measured else {}
-    return Study(curves, effects, bool(gradients))
+    notes = (f"directions are chosen by activations alone: {gradients.refused}",) if gradients.refused else ()
+    return Study(curves, effects, notes)

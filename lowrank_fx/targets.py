@@ -129,7 +129,8 @@ class Metric:
     """The cheapest plan found under which a metric of the user's own drops by at most ``max_drop``.
 
     The original is scored first, then plans that a search proposes, each one once and with the very factors that would
-    be returned; one that drops the metric by more is never returned. ``fn`` should measure on data that was not
+    be returned; one that drops the metric by more is never returned, nor is one whose metric is not finite or
+    overflows, as a perplexity may. ``fn`` should measure on data that was not
     calibrated on. Two metrics are equal if all that JSON keeps of them is: the function counts by its name.
 
     Args:
@@ -187,33 +188,40 @@ class Metric:
 
     def holds(self, before: float, after: float) -> bool:
         """Whether ``after`` is within the drop; what a sum of two floats rounds away does not count."""
+        if not math.isfinite(after):
+            return False
         rounding = 2 * np.finfo(np.float64).eps * max(abs(before), abs(after), self.max_drop)
         return bool(self.drop(before, after) <= self.max_drop + rounding)
 
-    def score(self, model: nn.Module, plan: str) -> float:
-        """The metric of a model.
+    def score(self, model: nn.Module, plan: str, *, original: bool = False) -> float:
+        """The metric of a model; infinitely bad for a plan where it overflows or is not finite.
 
         Args:
             model: what ``fn`` is called with.
             plan: what the model is, in words, for messages.
+            original: it is the original, whose metric has to be finite.
 
         Raises:
-            TargetError: ``fn`` raised an error, or returned something other than a finite number.
+            TargetError: ``fn`` raised another error than an arithmetic one, or returned something other than a number;
+                for the original also where it raised any, or returned a number that is not finite.
         """
+        worst = -math.inf if self.higher_is_better else math.inf
         try:
             value = self.fn(model)
         except TargetError:  # a metric that was read from JSON says so itself
             raise
         except Exception as error:
+            if isinstance(error, ArithmeticError) and not original:
+                return worst
             raise TargetError(f"the metric {self.name} failed for {plan}: {type(error).__name__}: {error}") from error
         # Arrays and tensors are read by what they hold; anything else that offers item() is not known to be a number.
         one = isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1
         number = value.item() if one else value  # type: ignore[attr-defined]
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            raise TargetError(
-                f"the metric {self.name} returned {value!r:.80} for {plan}; it must return a finite number"
-            )
-        return float(number)
+        if isinstance(number, int | float) and _fits(number):
+            return float(number)
+        if isinstance(number, int | float) and not original:
+            return worst
+        raise TargetError(f"the metric {self.name} returned {value!r:.80} for {plan}; it must return a finite number")
 
     @property
     def _short(self) -> str:
@@ -300,6 +308,14 @@ def obeys_speed(target: Target) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _fits(number: float) -> bool:
+    """Whether a number is finite as a float; an integer may be too large."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _qualified_name(fn: Callable[..., object]) -> str:

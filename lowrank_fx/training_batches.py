@@ -7,7 +7,7 @@ from (seed, step) alone, so a run that is resumed needs no state of a generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class ShuffledBatches:
     """Kept inputs as batches for training, epoch after epoch, each epoch in another order.
 
     Inputs whose tensors all have the batch's rows first, and the same shape behind them, are pooled: each epoch cuts
-    their rows anew. Any other input stays the batch it was.
+    their rows anew. Any other input stays the batch it was. What else the loader gave is left out.
 
     Args:
         inputs: at least one.
@@ -67,7 +67,7 @@ class ShuffledBatches:
         self._seed = seed
         self._pools: list[_Pool] = []
         alike: dict[Any, list[Call]] = {}
-        for call in inputs:
+        for call in (given if given.batch is None else replace(given, batch=None) for given in inputs):
             key = _arrangement(call)
             if key is None:
                 self._pools.append(_Pool(call, 0, True))

@@ -64,7 +64,7 @@ class Fixture:
         pieces = [Assigned(index, role, Call((batches[index],), {})) for index, role in enumerate(roles)]
         start = blank(self.program, self.table, self.model, example)
         self.calibration: Calibration = run_calibration(self.program, self.table, pieces, start, progress=False)
-        gradients = output_gradients(self.program, self.table, self.calibration, progress=False)
+        gradients = output_gradients(self.program, self.table, self.calibration, progress=False).sketches
         self.curves: dict[str, SiteCurves] = error_curves(
             self.program, self.table, self.calibration, progress=False, gradients=gradients
         )

@@ -83,7 +83,7 @@ def test_the_moments_are_those_of_the_dense_jacobian(way: Capture, monkeypatch: 
     assert isinstance(model, Net)
     monkeypatch.setattr(room, "GRADIENT_ROWS", 10**9)
     effort = replace(EFFORTS["high"], samples=10**6, probes=1500)
-    sketches = output_gradients(program, table, calibration, effort, progress=False)
+    sketches = output_gradients(program, table, calibration, effort, progress=False).sketches
     assert set(sketches) == {"conv", "hidden", "head"}
     image = torch.cat([call.args[0] for call in calibration.input_batches])
     for name, expected in zip(("hidden", "conv"), jacobians(model, image), strict=True):
@@ -126,7 +126,7 @@ def test_nothing_is_left_behind_and_the_same_comes_again(way: Capture, frozen: b
     model, program, table, calibration = prepared(way, frozen)
     before = {name: (id(each), each.requires_grad, each.clone()) for name, each in model.named_parameters()}
     state = torch.random.get_rng_state()
-    first, second = (output_gradients(program, table, calibration, progress=False) for _ in range(2))
+    first, second = (output_gradients(program, table, calibration, progress=False).sketches for _ in range(2))
     for name, sketch in first.items():
         mine, theirs = (each.parts[0].gram(centered=False) for each in (sketch, second[name]))
         assert torch.equal(mine, theirs)
@@ -187,7 +187,63 @@ def test_a_model_that_cannot_be_differentiated_has_none() -> None:
     roles: tuple[Role, ...] = ("calibrate", "select", "report")
     pieces = [Assigned(index, role, call) for index, (role, call) in enumerate(zip(roles, calls, strict=True))]
     calibration = run_calibration(program, table, pieces, blank(program, table, model, calls[0]), progress=False)
-    assert output_gradients(program, table, calibration, progress=False) == {}
+    sketches, refused = output_gradients(program, table, calibration, progress=False)
+    assert sketches == {}
+    assert refused == "no gradient that is finite and not zero reaches a layer"
+
+
+class Written(torch.autograd.Function):
+    """An operator whose derivative fails."""
+
+    fault: Exception = RuntimeError()
+
+    @staticmethod
+    def forward(context: object, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: object, *gradients: Tensor) -> Tensor:
+        raise Written.fault
+
+
+class Faulty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, value: Tensor) -> Tensor:
+        made: Tensor = Written.apply(self.inner(value))  # type: ignore[no-untyped-call]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (NotImplementedError("no derivative of\n  this " + "very " * 40), "no derivative of this very very"),
+        (RuntimeError(), "RuntimeError"),
+        (torch.OutOfMemoryError("Tried to allocate 3 GiB, 17 MiB free"), "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "memory ran out"),
+    ],
+)
+def test_a_plan_says_why_gradients_took_no_part(fault: Exception, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Written, "fault", fault)
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 16) for _ in range(4)]
+    made = lowrank_fx.optimize(
+        Faulty(), batches, target=lowrank_fx.Keep(params=0.7), capture="modules", compile=False, progress=False
+    )
+    (note,) = (note for note in made.plan.notes if "directions are chosen by activations alone" in note)
+    assert note.startswith(f"directions are chosen by activations alone: {cause}")
+    assert len(note) < 220
+    assert [site.basis for site in made.plan.factored] == ["activation"]
+
+
+def test_a_model_with_gradients_has_no_note() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    batches = [torch.randn(8, 16) for _ in range(4)]
+    made = lowrank_fx.optimize(model, batches, target=lowrank_fx.Keep(params=0.7), compile=False, progress=False)
+    assert not any("directions" in note for note in made.plan.notes)
 
 
 class Rooted(nn.Module):
@@ -209,5 +265,5 @@ def test_a_site_whose_gradients_are_not_finite_is_left_out() -> None:
     batches = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
     calibration = lowrank_fx.calibrate(model, batches, progress=False)
     program = take(model, calibration.example)
-    sketches = output_gradients(program, program.find_sites(), calibration, progress=False)
+    sketches = output_gradients(program, program.find_sites(), calibration, progress=False).sketches
     assert list(sketches) == ["kept"]

@@ -51,7 +51,7 @@ HOUSE = (
     *("modules", "attention", "attention_parts", "tree_sites", "tree_program"),
     *("latency", "weight_files", "_bundle", "cache", "calibration", "batch_runs", "calibration_run"),
     *("gradients", "double_sided", "curves", "effects", "study"),
-    *("refit", "closed_loop", "norms", "corrections", "scored", "refine"),
+    *("refit", "closed_loop", "norms", "corrections", "scored", "refine_roles", "refine"),
     *("planners.problem", "planners.budget", "planners.marginal", "planners.metric"),
     *("planners.energy", "planners.uniform", "planners"),
     *("timed_operators", "timing_cache", "timings", "site_times", "account", "shared_inputs", "offers"),

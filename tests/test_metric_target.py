@@ -110,7 +110,7 @@ def test_the_metric_of_what_comes_back_holds(fast: LowRankModule, model: nn.Modu
         assert float(accuracy(model)) == pytest.approx(seen.before, abs=1 / 800 + 1e-9)
     # It is the cheapest of all that held.
     kept = plan.totals.kept(of, "model")
-    assert kept == min(point.kept for point in seen.points if point.value >= seen.before - max_drop)
+    assert kept == min(point.kept for point in seen.points if target.holds(seen.before, point.value or 0.0))
     assert kept < 0.9
     (chosen,) = (point for point in seen.points if point.kept == kept)
     assert (chosen.value, chosen.error) == (seen.after, plan.select_error)
@@ -213,9 +213,49 @@ def test_a_metric_that_fails_is_named_with_the_plan(fast: LowRankModule) -> None
 
     with pytest.raises(lowrank_fx.TargetError, match=r"<lambda> failed for the original: StopIteration"):
         fast.replan(failing(iter([])))
+    with pytest.raises(
+        lowrank_fx.TargetError, match=r"<lambda> returned nan for the original; it must return a finite"
+    ):
+        fast.replan(failing(iter([float("nan")])))
+    with pytest.raises(lowrank_fx.TargetError, match=r"<lambda> failed for the original: ZeroDivisionError"):
+        fast.replan(Metric(lambda model: 1 / 0, 0.1))
     share = r"the plan that keeps \d+\.\d% of its flops"
-    with pytest.raises(lowrank_fx.TargetError, match=rf"<lambda> returned nan for {share}; it must return a finite"):
-        fast.replan(failing(iter([1.0, float("nan")])))
+    with pytest.raises(lowrank_fx.TargetError, match=rf"<lambda> failed for {share}: StopIteration"):
+        fast.replan(failing(iter([1.0])))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), OverflowError("math range error")])
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_a_plan_whose_metric_is_not_finite_drops_too_far(
+    fast: LowRankModule, bad: float | Exception, higher_is_better: bool, tmp_path: Path
+) -> None:
+    """A perplexity overflows where a plan is bad; the search goes on with dearer ones."""
+    lost: list[bool] = []
+
+    def perplexity(model: nn.Module) -> float:
+        lost.append(float(accuracy(model)) < 0.85)
+        if lost[-1] and isinstance(bad, Exception):
+            raise bad
+        return bad if lost[-1] else 1.0  # type: ignore[return-value]
+
+    made = fast.replan(Metric(perplexity, 0.1, higher_is_better=higher_is_better, evaluations=9))
+    seen = made.plan.metric
+    assert seen is not None
+    assert made.plan.factored
+    assert [point.value is None for point in seen.points] == lost[1:]
+    assert 0 < sum(lost) < len(lost) - 1
+    assert (seen.before, seen.after) == (1.0, 1.0)
+    with torch.no_grad():
+        assert float(accuracy(made)) >= 0.85
+    made.save(tmp_path)
+    assert fast.session is not None
+    loaded = lowrank_fx.load(fast.session.model, tmp_path, compile=False)
+    assert loaded.plan == made.plan
+    assert loaded.plan.to_json() == made.plan.to_json()
+    rows = [row[2:] for row in made.report().scores if row[2] == "not finite"]
+    assert rows == [("not finite", "", "drops too far")] * sum(lost)
+    assert str(made.report()).count("not finite") == sum(lost)
+    assert "not finite" in made.report().to_html()
 
 
 def test_optimize_takes_a_metric_at_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

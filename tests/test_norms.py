@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_fx import closed_loop
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.forms import Factors
@@ -36,16 +38,26 @@ class PreActivation(nn.Module):
         return torch.mul(self.twice(x), 1)
 
 
-def test_statistics_follow_the_factored_activations_in_graph_order() -> None:
-    torch.manual_seed(0)
-    model = PreActivation().eval()
-    calls = [Call((torch.randn(40, 12, generator=torch.Generator().manual_seed(seed)),), {}) for seed in (1, 2)]
-    program = GraphProgram.from_capture(capture(model, calls[0]))
-    factored: dict[str, tuple[Site, Factors]] = {}
+def halved(program: GraphProgram) -> dict[str, tuple[Site, Factors]]:
+    """Every layer at rank 4, by its plain singular value decomposition."""
+    factored = {}
     for site in program.find_sites().sites:
         left, values, right = torch.linalg.svd(program.weight(site).detach())
         factors = Factors((values[:4, None] * right[:4]).contiguous(), left[:, :4].contiguous(), None)
         factored[site.name] = (site, factors)
+    return factored
+
+
+def rows_of(*seeds: int) -> list[Call]:
+    return [Call((torch.randn(40, 12, generator=torch.Generator().manual_seed(seed)),), {}) for seed in seeds]
+
+
+def test_statistics_follow_the_factored_activations_in_graph_order() -> None:
+    torch.manual_seed(0)
+    model = PreActivation().eval()
+    calls = rows_of(1, 2)
+    program = GraphProgram.from_capture(capture(model, calls[0]))
+    factored = halved(program)
     found = reestimate(program.module, factored, calls)
 
     rows = torch.cat([call.args[0] for call in calls]).double()
@@ -73,6 +85,26 @@ def test_statistics_follow_the_factored_activations_in_graph_order() -> None:
             changed = torch.relu(normed(norm, changed, new_mean, new_var))
     # What factoring does not reach stays, and so does what is read in two places.
     assert set(found) == {f"{name}.running_{what}" for name in ("norm", "last") for what in ("mean", "var")}
+
+
+def test_as_many_batches_are_held_as_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = PreActivation().eval()
+    calls = rows_of(1, 2, 3, 4)
+    program = GraphProgram.from_capture(capture(model, calls[0]))
+    factored = halved(program)
+    # Between two norms one activation of at most 40 x 16 float32 is alive, in each of two models.
+    held = 2 * 40 * 16 * 4
+    for memory, count in ((1, 1), (2 * held, 2), (3 * held + 1, 3), (1 << 30, 4)):
+        expected = reestimate(program.module, factored, calls[:count])
+        monkeypatch.setattr(closed_loop, "MEMORY", memory)
+        found = reestimate(program.module, factored, calls)
+        monkeypatch.undo()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found), count
+    assert not torch.equal(
+        reestimate(program.module, factored, calls[:1])["norm.running_mean"], expected["norm.running_mean"]
+    )
 
 
 def test_a_channel_that_does_not_vary_keeps_its_variance() -> None:

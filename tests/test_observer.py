@@ -84,7 +84,8 @@ def test_the_patches_of_a_grouped_convolution_divide_by_channels() -> None:
 
 def test_patches_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer_room, "BLOCK_ROWS", 7)
-    x, patch, seen = values(2, 4, 6, 5), Patch((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), []
+    x, patch = values(2, 4, 6, 5), Patch((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    seen: list[Tensor] = []
     sketch = make_sketch(36, 1, None, x.device)
     monkeypatch.setattr(sketch, "update", seen.append)
     TapObserver(Tap("x", "x", 36, patch), sketch, 8, Recorder(0))(x)

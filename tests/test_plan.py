@@ -45,7 +45,9 @@ PLAN = Plan(
     error=0.12,
     candidates=(("effect", 0.11), ("uniform", 0.2)),
     curve=(TradeOff(0.3, 0.2, 0.5), TradeOff(1.0, 1.0, 0.0)),
-    metric=MetricSearch(0.925, 0.917, (MetricPoint(0.5, 0.2, 0.85), MetricPoint(0.7, 0.1, 0.917))),
+    metric=MetricSearch(
+        0.925, 0.917, (MetricPoint(0.5, 0.2, 0.85), MetricPoint(0.6, 0.15, None), MetricPoint(0.7, 0.1, 0.917))
+    ),
 )
 TEXT = PLAN.to_json()
 
@@ -67,7 +69,7 @@ PLANS = st.builds(
     candidates=st.lists(st.tuples(st.text(), NUMBERS), max_size=3).map(tuple),
     curve=st.lists(st.builds(TradeOff, NUMBERS, NUMBERS, NUMBERS), max_size=3).map(tuple),
     metric=st.none() | st.builds(MetricSearch, NUMBERS, NUMBERS, st.lists(
-        st.builds(MetricPoint, NUMBERS, NUMBERS, NUMBERS), max_size=3).map(tuple)),
+        st.builds(MetricPoint, NUMBERS, NUMBERS, st.none() | st.floats()), max_size=3).map(tuple)),
 )  # fmt: skip
 
 
@@ -102,7 +104,8 @@ def test_what_a_plan_says() -> None:
     assert totals.kept("flops", "sites") == 1800 / 2900
     assert Totals((0, 0), (0, 0), (0, 0), (0, 0)).kept("params", "sites") == 1.0
     assert PLAN.metric is not None
-    assert PLAN.metric.evaluations == 3
+    assert PLAN.metric.evaluations == 4
+    assert MetricPoint(0.5, 0.2, float("inf")) == MetricPoint(0.5, 0.2, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLAN.seed = 4  # type: ignore[misc]
 
@@ -175,6 +178,8 @@ def is_legal(path: tuple[Any, ...], old: Any, new: Any) -> bool:
         return False
     if path == ("metric",):
         return new is None
+    if path[:2] == ("metric", "points") and path[-1] == "value" and (old is None or new is None):
+        return new is None or type(new) in (int, float)
     return type(old) is type(new) or (isinstance(old, float) and type(new) is int)
 
 

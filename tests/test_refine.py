@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +24,14 @@ from lowrank_fx.compare import ErrorSum, floating_outputs
 from lowrank_fx.errors import CalibrationError, OptionError, StorageError
 from lowrank_fx.forms import Factors
 from lowrank_fx.graph_program import GraphProgram
+from lowrank_fx.judges import Measure
+from lowrank_fx.kl import KLMeasure
+from lowrank_fx.kl import _KLJudge as KLJudge
 from lowrank_fx.program import Program
-from lowrank_fx.refine import Refined, refine, trained
+from lowrank_fx.refine import Refined, refine
 from lowrank_fx.refine_loss import outputs_loss, sites_loss
-from lowrank_fx.refine_options import Refine, refine_from_json
+from lowrank_fx.refine_options import Augment, Refine, callable_name, refine_from_json
+from lowrank_fx.refine_roles import trained
 from lowrank_fx.sites import Site
 from lowrank_fx.training_batches import ShuffledBatches, flip_and_shift, step_generator
 from lowrank_fx.tree_program import TreeProgram
@@ -154,7 +160,7 @@ def test_only_factors_biases_and_norms_change(way: Way) -> None:
     setup.refine(program)
     after = state(program)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == set(trained(program.module))
+    assert changed == set(trained(program))
     assert {"first.factor_in", "first.factor_out", "first.bias", "layers.weight", "second.bias"} <= changed
     assert "second.weight" not in changed
     assert ("norm.weight" in changed) == (way == "tree")  # folded into the convolution in a graph
@@ -263,6 +269,110 @@ def test_a_model_without_gradients_is_left_as_it_is() -> None:
     )
 
 
+class Mutated(nn.Module):
+    """A model that writes to what a derivative needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.last = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.first(x))
+        other = self.other(hidden)
+        hidden.mul_(2.0)
+        result: Tensor = self.last(torch.tanh(other) * hidden)
+        return result
+
+
+@torch.library.custom_op("lowrank_refine_test::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """An operator without a derivative."""
+    return 2 * x
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(doubled(self.first(x)))
+        return result
+
+
+def refined_from(model: nn.Module, way: Way) -> tuple[Refined, bool]:
+    """What refinement did for a model of eight features, and whether its parameters stayed."""
+    call = Call((torch.randn(16, 8, generator=torch.Generator().manual_seed(0)),), {})
+    program = program_of(model.eval(), call, way)
+    batch = CachedBatch(call, tuple(value.detach() for value in program.run(call)))
+    sites = program.find_sites().sites
+    factored = program.factorize({site.name: (site, factors_of(program, site, 2)) for site in sites}, clone=True)
+    before = state(factored)
+    done = refine(program, factored, [call], [batch], OPTIONS, progress=False)
+    return done, same(state(factored), before)
+
+
+@pytest.mark.parametrize("way", ["graph", "tree"])
+@pytest.mark.parametrize(
+    ("model", "told"), [(Mutated, "modified by an inplace operation"), (Opaque, "no autograd formula was registered")]
+)
+def test_a_model_without_a_derivative_is_left_as_it_is(model: type[nn.Module], told: str, way: Way) -> None:
+    done, stayed = refined_from(model(), way)
+    assert stayed
+    assert (done.steps, done.best_step) == (0, 0)
+    assert done.best == done.start > 0
+    (note,) = done.notes
+    assert note.startswith("refinement stopped at step 1: the factored model cannot be differentiated: ")
+    assert told in note
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_ends_it_and_may_be_tried_again(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup()
+    whole, again = setup.factored(), setup.factored()
+    expected = setup.refine(whole)
+    learn, steps = refining._Run._learn, iter(range(100))
+
+    def short(self: Any, *given: Any) -> float | str:
+        if next(steps) == 9:
+            raise error
+        return learn(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refining._Run, "_learn", short)
+        done = setup.refine(setup.factored(), checkpoint=tmp_path)
+    assert done.notes == (f"refinement stopped at step 10: {refining.NO_MEMORY}",)
+    assert done.best_step in (4, 8)
+    assert replace(setup.refine(again, checkpoint=tmp_path), seconds=0.0) == replace(expected, seconds=0.0)
+    assert same(state(again), state(whole))
+
+
+def test_interrupts_and_errors_of_an_augmentation_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+
+    def wrong(call: Call, generator: torch.Generator) -> Call:
+        return Call((torch.ones(2, 5),), {})  # the original refuses it
+
+    with pytest.raises(RuntimeError):
+        setup.refine(setup.factored(), replace(OPTIONS, augment=wrong))
+
+    def interrupted(self: Any, *given: Any) -> float | str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refining._Run, "_learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setup.refine(setup.factored())
+
+
 def test_hooks_of_the_user_see_nothing_of_it() -> None:
     model = net()
     seen: list[int] = []
@@ -357,6 +467,113 @@ def test_no_inputs() -> None:
     setup.inputs = []
     with pytest.raises(CalibrationError, match="no calibration inputs were kept"):
         setup.refine(setup.factored())
+
+
+# ---- what learns -----------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """As transformers spells it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        result: Tensor = self.weight * wide.to(x.dtype)
+        return result
+
+
+class ChannelNorm(nn.Module):
+    """As ConvNeXt spells it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, keepdim=True, correction=0) + 1e-6)
+        result: Tensor = self.weight[:, None, None] * x + self.bias[:, None, None]
+        return result
+
+
+class Roles(nn.Module):
+    """A parameter of every role."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.turned = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2)
+        self.channels, self.groups = ChannelNorm(), nn.GroupNorm(2, 8)
+        self.act, self.batch = nn.PReLU(8), nn.BatchNorm2d(8)
+        self.plane, self.rms, self.own = nn.LayerNorm((8, 8)), nn.RMSNorm(8), RMSNorm()
+        self.linear, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+        self.matrix, self.added_bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
+        self.scale, self.place = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.groups(self.channels(self.conv(x))))
+        x = self.plane(self.batch(self.turned(x) * 2).mean(2))
+        x = self.rms(self.own(x) + self.place)
+        x = torch.tanh(x @ self.matrix + self.added_bias) * self.scale
+        x = self.recurrent(self.linear(x))[0]
+        result: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return result
+
+
+@pytest.mark.parametrize("way", ["graph", "tree"])
+def test_roles_decide_what_learns(way: Way) -> None:
+    program = program_of(Roles().eval(), Call((torch.randn(2, 3, 9, 9),), {}), way)
+    names = {name for name, _ in program.module.named_parameters()}
+    stays = {"act.weight", "scale", "place", "matrix"}
+    stays |= {name for name in names if name.startswith("recurrent.weight")}
+    stays |= {f"{name}.weight" for name in ("conv", "turned", "linear", "attention.out_proj")}
+    stays |= {name for name in names if name.startswith("attention.") and name.endswith("proj_weight")}
+    assert names - set(trained(program)) == stays
+    assert {"plane.weight", "own.weight", "rms.weight", "channels.bias", "added_bias"} <= set(trained(program))
+
+
+class Normed(nn.Module):
+    """Something normalised in ``spelling``, times ``vector``, or times one plus it."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling, self.layer = spelling, nn.Linear(8, 8, bias=False)
+        self.vector = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        size = x.pow(2).mean(-1, keepdim=True) + 1e-6
+        if self.spelling == "rsqrt first":
+            return x * (torch.rsqrt(size) * self.vector)
+        if self.spelling == "power":
+            return x * torch.pow(size, -0.5) * self.vector
+        if self.spelling == "reciprocal":
+            return x * size.sqrt().reciprocal() * self.vector
+        if self.spelling == "normalize":
+            x = nn.functional.normalize(x, dim=-1)
+            return x * 8**0.5 * self.vector
+        if self.spelling == "behind a layer":
+            x = self.layer(x * torch.rsqrt(size))
+            return x * self.vector
+        if self.spelling == "beside a gate":
+            return x * torch.rsqrt(size) * torch.tanh(x) * self.vector
+        assert self.spelling == "residual"
+        return (x + x * torch.rsqrt(size)) * self.vector
+
+
+@pytest.mark.parametrize("spelling", ["rsqrt first", "power", "reciprocal", "normalize"])
+def test_vectors_on_something_normalised_learn(spelling: str) -> None:
+    program = program_of(Normed(spelling).eval(), Call((torch.randn(2, 8),), {}), "graph")
+    assert set(trained(program)) == {"vector"}
+
+
+@pytest.mark.parametrize("spelling", ["behind a layer", "beside a gate", "residual"])
+def test_vectors_on_anything_else_stay(spelling: str) -> None:
+    program = program_of(Normed(spelling).eval(), Call((torch.randn(2, 8),), {}), "graph")
+    assert trained(program) == {}
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -477,6 +694,88 @@ def test_the_loss_of_outputs_is_the_square_of_the_error_of_plans() -> None:
         assert float(outputs_loss(given, wanted, masked)) == pytest.approx(total.relative**2, rel=60 * 2.0**-24)
 
 
+def test_the_divergence_of_logits_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    given, wanted = (2 * torch.randn(3, 4, 6, generator=generator) for _ in range(2))
+    hidden = torch.randn(3, 4, 2, generator=generator)
+    given[..., 5] = wanted[..., 5] = float("-inf")  # ruled out
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    program = TreeProgram.from_model(Answering(wanted, hidden))
+    judge = KLMeasure().judge(program, Call((torch.ones(3),), {}, mask), "batch 0")
+    leaf = given.clone().requires_grad_()
+    loss = judge.loss((hidden + 1, leaf), (hidden, wanted), mask)  # the hidden values are no logits
+    assert loss is not None
+    (gradient,) = torch.autograd.grad(loss, leaf)
+
+    z, y = given[mask][:, :5].double(), wanted[mask][:, :5].double()
+    p, q = y.softmax(-1), z.softmax(-1)
+    size = (p * (p.log() + torch.tensor(5.0).double().log())).sum()
+    # float32 sums of 40 numbers of about one: 40 units in the last place at most.
+    assert loss.item() == pytest.approx(((p * (p / q).log()).sum() / size).item(), rel=40 * 2.0**-24)
+    assert torch.allclose(gradient[mask][:, :5].double(), (q - p) / size, rtol=0, atol=40 * 2.0**-24)
+    assert not gradient[~mask].any()
+    assert not gradient[..., 5].any()
+    assert loss.item() == pytest.approx(judge.error((hidden, given)) / judge.size, rel=40 * 2.0**-24)
+
+
+class Answering(nn.Module):
+    """Returns the same logits, whatever it is given."""
+
+    def __init__(self, logits: Tensor, hidden: Tensor) -> None:
+        super().__init__()
+        self.logits, self.hidden = logits, hidden
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"hidden": self.hidden * x[0], "logits": self.logits * x[0]}
+
+
+class Shifted(nn.Module):
+    """Most of what its logits are is common to all classes, which no softmax sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.level = nn.Linear(8, 12), nn.Linear(8, 12)
+        self.head, self.offset = nn.Linear(12, 6), nn.Linear(12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = 2 * self.head(torch.tanh(2 * self.classes(x)))
+        offset: Tensor = self.offset(torch.tanh(2 * self.level(x)))
+        return logits + 20 * offset
+
+
+def shifted_run(checkpoint: Path | None = None, measure: Measure | None = None) -> Refined:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        program = TreeProgram.from_model(Shifted().eval())
+    generator = torch.Generator().manual_seed(1)
+    calls = [Call((torch.randn(256, 8, generator=generator),), {}) for _ in range(5)]
+    select = [CachedBatch(call, tuple(program.run(call))) for call in calls[3:]]
+    if measure is not None:
+        select = [batch.judged(program, measure, "a batch") for batch in select]
+    sites = {site.name: (site, factors_of(program, site, 3)) for site in program.find_sites().sites[:2]}
+    options = Refine(steps=60, lr=0.02, batch=32, every=10, blocks=0.0)
+    factored = program.factorize(sites, clone=True)
+    return refine(program, factored, calls[:3], select, options, checkpoint=checkpoint, progress=False)
+
+
+def test_the_divergence_is_what_learns_where_it_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = shifted_run(measure=KLMeasure())
+    again = shifted_run(measure=KLMeasure())
+    assert replace(own, seconds=0.0) == replace(again, seconds=0.0)
+    monkeypatch.setattr(KLJudge, "loss", lambda *_: None)
+    by_distance = shifted_run(measure=KLMeasure())
+    assert own.start == by_distance.start
+    assert by_distance.best_step == 0  # towards the outputs' distance it only rises, by a tenth in ten steps
+    assert own.best < 0.95 * own.start  # measured: 0.89
+
+
+def test_a_checkpoint_of_another_loss_is_refused(tmp_path: Path) -> None:
+    first = shifted_run(tmp_path, KLMeasure())
+    assert shifted_run(tmp_path, KLMeasure()) == first
+    with pytest.raises(StorageError, match="the checkpoint is of another run: its loss differ"):
+        shifted_run(tmp_path)
+
+
 def test_other_shapes_cannot_be_learnt_from() -> None:
     with pytest.raises(CalibrationError, match="returns other shapes than the original"):
         outputs_loss((torch.ones(2, 3),), (torch.ones(2, 4),), None)
@@ -553,6 +852,13 @@ def test_what_cannot_be_cut_stays_whole() -> None:
     assert sorted(call.args[0].shape[1] for call in seen if len(call.args) == 1) == [1, 2]
 
 
+def test_what_else_the_loader_gave_is_left_out() -> None:
+    rows = torch.arange(8.0).reshape(8, 1)
+    batches = ShuffledBatches([Call((rows,), {}, batch={"x": rows, "temperature": torch.tensor(2.0)})], 4, 0)
+    assert rows_seen(batches, range(2)) == list(range(8))
+    assert batches.at(0).batch is None
+
+
 def test_images_are_moved_by_whole_pixels_or_mirrored() -> None:
     image = torch.arange(1.0, 31.0).reshape(1, 1, 5, 6)
     call = Call((image.expand(40, 1, 5, 6).clone(), torch.arange(40)), {})
@@ -619,3 +925,83 @@ def test_options_as_json() -> None:
     for broken in (None, {}, {**data, "type": "keep"}, {**data, "more": 1}):
         with pytest.raises(OptionError, match="not options of refinement"):
             refine_from_json(broken, flip_and_shift)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """An augmentation that is an object."""
+
+    pixels: int
+
+    def __call__(self, call: Call, generator: torch.Generator) -> Call:
+        return flip_and_shift(call, generator, self.pixels)
+
+
+def shift_by(pixels: int) -> Augment:
+    def shift(call: Call, generator: torch.Generator) -> Call:
+        return flip_and_shift(call, generator, pixels)
+
+    return shift
+
+
+def shifts(pixels: int) -> tuple[Augment, ...]:
+    """Ways to say the same."""
+    return (
+        functools.partial(flip_and_shift, pixels=pixels),
+        functools.partial(functools.partial(flip_and_shift), pixels=pixels),
+        Shift(pixels),
+        shift_by(pixels),
+        lambda call, generator: flip_and_shift(call, generator, pixels),
+        lambda call, generator, by=pixels: flip_and_shift(call, generator, by),
+    )
+
+
+def test_augmentations_have_names_of_their_own() -> None:
+    names = [callable_name(augment) for pixels in (1, 5) for augment in shifts(pixels)]
+    assert names == [callable_name(augment) for pixels in (1, 5) for augment in shifts(pixels)]
+    assert len({*names[:1], *names[2:7], *names[8:]}) == 10
+    assert names[0] == "functools.partial(lowrank_fx.training_batches:flip_and_shift, pixels=1)"
+    doubled: Augment = lambda call, generator: call.map(lambda tensor: 2 * tensor)  # noqa: E731
+    tripled: Augment = lambda call, generator: call.map(lambda tensor: 3 * tensor)  # noqa: E731
+    assert callable_name(doubled) != callable_name(tripled)
+
+
+def test_names_of_augmentations_that_hold_anything() -> None:
+    held: dict[str, Any] = {"list": [1, (2.5, "x")], "set": {"b", "a"}, "tensor": torch.ones(2), "object": object()}
+    held["itself"] = held
+    anything: Any = flip_and_shift
+    name = callable_name(functools.partial(anything, torch.float16, **held))
+    assert name is not None
+    assert "list=[1, [2.5, 'x']], object=object, set={'a', 'b'}, tensor=Tensor#" in name
+    assert " at 0x" not in name
+
+    def again(call: Call, generator: torch.Generator) -> Call:
+        return again(call, generator)
+
+    assert str(callable_name(again)).startswith(f"{__name__}:test_names_of_augmentations_that_hold_anything.<locals>.")
+
+
+def test_names_are_the_same_in_every_process() -> None:
+    script = (
+        "from lowrank_fx.refine_options import callable_name\n"
+        "print(callable_name(lambda call, generator: call if call in {'a', 'b', 'c'} else (lambda: 'd')))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
+
+
+def test_a_checkpoint_of_another_augmentation_is_refused(tmp_path: Path) -> None:
+    setup = Setup()
+    few = replace(OPTIONS, steps=1)
+    setup.refine(setup.factored(), replace(few, augment=functools.partial(flip_and_shift, pixels=1)), tmp_path)
+    with pytest.raises(StorageError, match="its options differ"):
+        setup.refine(setup.factored(), replace(few, augment=functools.partial(flip_and_shift, pixels=2)), tmp_path)

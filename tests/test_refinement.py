@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_fx
-from lowrank_fx import Keep, LowRankModule, Metric, Refine, optimize
+from lowrank_fx import Keep, LowRankModule, Metric, Refine, calibrate, optimize
 from lowrank_fx import module as module_room
 from lowrank_fx.cache import CachedBatch
 from lowrank_fx.compare import relative_error
@@ -145,3 +145,100 @@ def test_what_cannot_be_refined_is_refused_before_any_work(model: Net, batches: 
         optimize(model, batches, refine=FEW, copy=False, **QUICK)
     with pytest.raises(OptionError, match=r"refine=True: give Refine\(\), such as Refine\(steps=500\), or None"):
         optimize(model, batches, refine=True, **QUICK)  # type: ignore[arg-type]
+
+
+# ---- models without a derivative -------------------------------------------------------------------------------------
+
+
+class Mutated(nn.Module):
+    """It writes to what a derivative needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.q, self.k, self.o = nn.Linear(24, 40), nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sigmoid(self.i(x))
+        a = self.q(h)
+        h.mul_(2.0)
+        result: Tensor = self.o(torch.tanh(a) * torch.tanh(self.k(h)))
+        return result
+
+
+@pytest.mark.parametrize("capture", ["export", "modules"])
+def test_a_model_without_a_derivative_comes_back_unrefined(
+    batches: list[Tensor], capture: Literal["export", "modules"]
+) -> None:
+    plain = optimize(Mutated().eval(), batches, target=Keep(params=0.45), capture=capture, **QUICK)
+    made = plain.replan(Keep(params=0.45), refine=FEW)
+    assert made.plan.refinement is not None
+    assert (made.plan.refinement.steps, made.plan.refinement.best_step) == (0, 0)
+    assert any("the factored model cannot be differentiated: one of the variables" in note for note in made.plan.notes)
+    assert torch.equal(made(batches[0]), plain(batches[0]))
+
+
+# ---- a bounded metric ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("evaluations", "refined"), [(4, True), (3, True), (2, False)])
+def test_a_metric_is_not_asked_more_often_than_it_may_be(
+    model: Net, batches: list[Tensor], evaluations: int, refined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_room, "measure", lambda *args: PairedTiming(2.0, 2e-3, 1e-3, 0.0, 7))
+    data = batches[0]
+    with torch.no_grad():
+        wanted = model(data)
+    values: list[float] = []
+
+    def error(candidate: nn.Module) -> float:
+        values.append(relative_error([candidate(data)], [wanted], None))
+        return values[-1]
+
+    start = optimize(model, batches, target=Keep(params=0.9), **QUICK)
+    target = Metric(error, 0.6, evaluations=evaluations, of="params", higher_is_better=False)
+    plan = start.replan(target, refine=Refine(steps=20)).plan
+    assert plan.metric is not None
+    assert plan.metric.evaluations == len(values) <= evaluations
+    assert [plan.metric.before, *(point.value for point in plan.metric.points)] == values
+    assert (plan.refinement is not None) == refined
+    assert any("no call of the metric was left for a refined plan" in note for note in plan.notes) != refined
+    if refined:
+        assert plan.metric.after == values[-1]
+        assert plan.metric.points[-1].error == plan.select_error
+
+
+# ---- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_refinement_goes_with_a_finished_calibration(
+    model: Net, batches: list[Tensor], tmp_path: Path
+) -> None:
+    done = calibrate(model, batches, progress=False)
+    with pytest.raises(OptionError, match="has no effect on a calibration that is done"):
+        optimize(model, done, target=Keep(params=0.45), checkpoint=tmp_path, **QUICK)
+    first = optimize(model, done, target=Keep(params=0.45), refine=FEW, checkpoint=tmp_path, **QUICK)
+    (folder,) = tmp_path.glob("refine-*")
+    written = (folder / "refine.json").stat().st_mtime_ns
+    again = first.replan(Keep(params=0.45), refine=FEW, checkpoint=tmp_path)
+    assert [folder] == list(tmp_path.glob("refine-*"))
+    assert (folder / "refine.json").stat().st_mtime_ns == written  # read back, not made anew
+    assert again.plan.to_json() == first.plan.to_json()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    with pytest.raises(OptionError, match="keeps the state of refinement; pass refine= with it"):
+        first.replan(Keep(params=0.45), checkpoint=tmp_path)
+
+
+# ---- a loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_of_the_users_only_chooses_and_the_plan_says_so(model: Net, batches: list[Tensor]) -> None:
+    def loss(outputs: Tensor, batch: Tensor) -> Tensor:
+        return torch.logsumexp(outputs, -1).mean()
+
+    made = optimize(model, batches, target=Keep(params=0.45), refine=FEW, loss_fn=loss, **QUICK)
+    word = "refinement minimised the L2 distance of outputs, not the loss 'loss', which only chose among its states"
+    assert word in made.plan.notes
+    made = optimize(model, batches, target=Keep(params=0.45), refine=FEW, loss_fn="kl", **QUICK)
+    assert made.plan.refinement is not None
+    assert made.plan.refinement.after < made.plan.refinement.before
+    assert not any("refinement minimised" in note for note in made.plan.notes)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_fx
-from lowrank_fx import Keep, LowRankModule, Refine, optimize
+from lowrank_fx import Keep, LowRankModule, Refine, Tolerance, optimize
+from lowrank_fx import module as module_file
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.curves import SiteCurves
@@ -22,8 +23,10 @@ from lowrank_fx.forms import FORMS
 from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.graph_program import count_flops
 from lowrank_fx.graph_sites import find_sites
+from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan
 from lowrank_fx.planners.problem import Option
+from lowrank_fx.session import Session
 from lowrank_fx.shared_inputs import Joint, joined
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.sketch import FrequentDirections
@@ -218,11 +221,43 @@ def test_the_same_seed_gives_the_same_plan(small: LowRankModule) -> None:
     assert small.replan(TARGET).plan.to_json() == small.plan.to_json()
 
 
-@pytest.mark.parametrize("target", [Keep(params=0.45, of="sites", regauge=True), lowrank_fx.Tolerance(0.2)])
-def test_other_targets_keep_pairs_apart(small: LowRankModule, target: lowrank_fx.targets.Target) -> None:
-    again = small.replan(target)
+def test_re_gauged_pairs_are_kept_apart(small: LowRankModule) -> None:
+    again = small.replan(Keep(params=0.45, of="sites", regauge=True))
     assert not sharing(again.plan)
     assert all(site.shares is None for site in again.plan.sites)
+
+
+def test_a_tolerance_takes_it_where_that_is_less_error(small: LowRankModule) -> None:
+    session = small.session
+    assert session is not None
+    target = Tolerance(0.1)
+    plan = session.plan(target)[0]
+    assert sharing(plan) == {"q": None, "k": "q"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "sharing", lambda *_: None)
+        apart = session.plan(target)[0]
+    assert not sharing(apart)
+    assert plan.totals.model_flops[1] <= apart.totals.model_flops[1]
+    errors = dict(plan.candidates)
+    (name,) = (name for name in errors if name.endswith("shared inputs"))
+    assert plan.select_error <= errors[name] < dict(apart.candidates)[apart.candidate.split(",")[0]] <= target.error
+
+
+def test_layers_that_share_may_be_folded_back(small: LowRankModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each half of the layers is timed by itself, with or without the one that holds the first factor."""
+
+    def timing(session: Session, made: LowRankModule) -> PairedTiming:
+        names = {name.rpartition(".")[0] for name, _ in made.named_parameters() if "factor_out" in name}
+        speed = 1.2 if len(names) <= 2 else 0.9
+        return PairedTiming(speed, 1.0, 1 / speed, 0.0, 7)
+
+    monkeypatch.setattr(module_file, "measure", timing)
+    made = small.replan(Tolerance(0.1))
+    assert 0 < len(made.plan.factored) <= 2
+    assert not sharing(made.plan)
+    assert made.plan.select_error <= 0.1
+    assert sum(value.numel() for value in made.parameters()) == made.plan.totals.model_params[1]
+    assert any("the model measured 0.90x with it" in site.reason for site in made.plan.sites)
 
 
 def test_a_layer_without_bias_shares_too() -> None:

@@ -129,11 +129,31 @@ def test_what_a_metric_may_not_return(value: object, shown: str) -> None:
 
     target = Metric(broken, 0.1)
     with pytest.raises(TargetError) as caught:
-        target.score(nn.Identity(), "the plan that keeps 50.0% of its flops")
+        target.score(nn.Identity(), "the original", original=True)
     message = str(caught.value)
     assert message.startswith(f"the metric {target.name} returned {shown}")
-    assert message.endswith("for the plan that keeps 50.0% of its flops; it must return a finite number")
+    assert message.endswith("for the original; it must return a finite number")
     assert len(message) < 300
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, torch.tensor(math.nan), np.float32("inf"), 10**400, OverflowError("exp"),
+     ZeroDivisionError("no rows"), FloatingPointError()],
+)  # fmt: skip
+def test_of_a_plan_a_metric_that_is_not_finite_is_as_bad_as_can_be(value: object, higher_is_better: bool) -> None:
+    def broken(model: nn.Module) -> object:
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    target = Metric(broken, 1e300, higher_is_better=higher_is_better)
+    scored = target.score(nn.Identity(), "the plan that keeps 50.0% of its flops")
+    assert scored == (-math.inf if higher_is_better else math.inf)
+    assert not target.holds(0.0, scored)
+    with pytest.raises(TargetError, match=f"the metric {re.escape(target.name)} (returned|failed for the original)"):
+        target.score(nn.Identity(), "the original", original=True)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("no rows"), CallError("2 arguments were captured")])
@@ -144,8 +164,14 @@ def test_a_metric_that_raises_is_named_with_the_plan(error: Exception) -> None:
     target = Metric(broken, 0.1)
     cause = f"the metric {target.name} failed for the original: {type(error).__name__}: {error}"
     with pytest.raises(TargetError, match=re.escape(cause)) as caught:
-        target.score(nn.Identity(), "the original")
+        target.score(nn.Identity(), "the original", original=True)
     assert caught.value.__cause__ is error
+
+
+def test_what_is_no_number_is_refused_for_a_plan_too() -> None:
+    for fn in (lambda model: None, lambda model: model.weight):
+        with pytest.raises(TargetError, match="for the plan"):
+            Metric(fn, 0.1).score(nn.Identity(), "the plan")
 
 
 def test_a_metric_from_json_says_that_it_has_no_function() -> None:

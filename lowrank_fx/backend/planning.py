@@ -122,7 +122,7 @@ def make_plan(
             effects=study.effects,
             planner=PLANNER,
             effort=effort,
-            notes=notes,
+            notes=(*notes, *study.notes),
             params=distinct_numbers(parameters),
             progress=options.verbose,
         )

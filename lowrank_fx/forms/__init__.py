@@ -46,6 +46,7 @@ __all__ = [
     "dense_params",
     "forms_for",
     "relative",
+    "why_none",
 ]
 
 FORMS: dict[str, Form] = {
@@ -72,3 +73,11 @@ def forms_for(site: Site, allowed: Sequence[str] | None) -> list[Form]:
     """
     check_forms(allowed or ())
     return [form for name, form in FORMS.items() if (allowed is None or name in allowed) and form.applies(site)]
+
+
+def why_none(site: Site, allowed: Sequence[str] | None) -> str:
+    """Why no form is on offer for ``site``, among those the user allows (None: all)."""
+    if allowed is not None and not forms_for(site, allowed):
+        needs = "; ".join(f"{name} is for {FORMS[name].needs}" for name in allowed)
+        return f"no form that is allowed can stand for it ({needs})"
+    return "no rank is on offer below its break-even rank"

@@ -144,10 +144,17 @@ class Factors:
 
 
 class Form(ABC):
-    """One way to factor a site; stateless."""
+    """One way to factor a site; stateless.
+
+    Attributes:
+        name: what plans call it.
+        kinds: of sites that it can stand for.
+        needs: what these are, in words.
+    """
 
     name: str
     kinds: tuple[str, ...]
+    needs: str
 
     def applies(self, site: Site) -> bool:
         """Whether this form can stand for ``site``."""

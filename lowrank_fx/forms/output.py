@@ -136,6 +136,7 @@ class LowRank(OutputForm):
 
     name = "lowrank"
     kinds = ("linear", "bmm")
+    needs = "linear layers and products of batched matrices"
 
     def regauges(self, site: Site) -> bool:
         """Those of linear layers in float32 and float64; fewer digits would not survive it."""
@@ -158,6 +159,7 @@ class Channel(OutputForm):
 
     name = "channel"
     kinds = ("conv1d", "conv2d", "conv3d")
+    needs = "convolutions"
 
     def shaped(self, site: Site, factor_in: Tensor, factor_out: Tensor) -> tuple[Tensor, Tensor]:
         """``[groups * rank, channels of a group, *kernel]`` and ``[out, rank, 1, ...]``."""

@@ -40,6 +40,7 @@ class AlternatingForm(Form):
     """Convolutions one after another, found by alternation, the last ones spanning the dimensions ``late``."""
 
     kinds = ("conv1d", "conv2d", "conv3d")
+    needs = "convolutions whose kernel is larger than one"
 
     @abstractmethod
     def late(self, site: Site) -> tuple[int, ...]:
@@ -249,6 +250,7 @@ class Spatial(SplitForm):
     """``spatial``: the kernel's first dimension (k x 1), then the others (1 x k)."""
 
     name = "spatial"
+    needs = "convolutions whose kernel is larger than one in two dimensions"
 
     def late(self, site: Site) -> tuple[int, ...]:
         """Every dimension that the kernel spans, but the first."""
@@ -259,6 +261,7 @@ class SpatialT(SplitForm):
     """``spatial_t``: all dimensions of the kernel but the first (1 x k), then the first (k x 1)."""
 
     name = "spatial_t"
+    needs = "convolutions whose kernel is larger than one in two dimensions"
 
     def late(self, site: Site) -> tuple[int, ...]:
         """The first dimension that the kernel spans, where it spans others."""

@@ -171,10 +171,8 @@ def _session(
     table = program.find_sites(skip)
     calibration = _calibrated(program, table, loader, holdout=holdout, memory=memory, seed=seed, progress=progress)
     missing = program.without_derivative(table.sites)
-    study = studied(program, table, calibration, effort, forms=forms, differentiable=not missing, progress=progress)
-    if table.sites and not study.by_gradients:
-        cause = f"of {', '.join(missing)} there is no derivative here" if missing else "no gradient could be taken"
-        notes = (*notes, f"directions are chosen by activations alone, because {cause}")
+    underivable = f"of {', '.join(missing)} there is no derivative here" if missing else ""
+    study = studied(program, table, calibration, effort, forms=forms, underivable=underivable, progress=progress)
     return Session(
         model=program.module,
         program=program,
@@ -183,8 +181,9 @@ def _session(
         curves=study.curves,
         effects=study.effects,
         planner=planner,
+        forms=None if forms is None else tuple(forms),
         effort=effort,
-        notes=(*notes, *calibration.notes, *random_note(program, calibration.select_batches[0])),
+        notes=(*notes, *study.notes, *calibration.notes, *random_note(program, calibration.select_batches[0])),
         params=program.params(),
         progress=progress,
     )

@@ -1,7 +1,8 @@
 """The default planner: spend a budget by measured effects, and let held-out data choose among candidates.
 
 For a budget, each allocator proposes a pick; the proposals meet the held-out selection batches and the best one wins
-(``uniform`` is always among them, so a proxy that misleads loses its place by itself). For a tolerance, the smallest
+(``uniform`` is always among them, so a proxy that misleads loses its place by itself; ``Session`` adds one that owes
+nothing to the race of variants either). For a tolerance, the smallest
 budget whose best proposal stays within it is found by bisection.
 """
 
@@ -26,12 +27,14 @@ class Outcome:
         candidate: the allocator that proposed it (``"dense"`` if nothing is factored).
         error: its measured error on the selection batches.
         candidates: every allocator's error at the same budget.
+        apart: where layers got one first factor, what it was before, in the problem that was searched.
     """
 
     pick: Pick
     candidate: str
     error: float
     candidates: tuple[tuple[str, float], ...] = ()
+    apart: Outcome | None = None
 
     def against(self, other: Outcome) -> Outcome:
         """The better of two outcomes at one budget, with the candidates of both; this one where they are equal."""

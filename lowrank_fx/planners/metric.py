@@ -38,7 +38,7 @@ class Scored:
     Attributes:
         pick: one option per site.
         error: its measured error on the selection batches.
-        value: its metric.
+        value: its metric; infinite where it is none.
     """
 
     pick: Pick
@@ -163,7 +163,7 @@ class _Search:
         if failed is None:
             return best.error * math.sqrt(asked / drop) if drop > 0 and asked > 0 else math.inf
         lost = self.target.drop(self.before, failed.value)
-        if asked == 0 or not best.error < failed.error:
+        if asked == 0 or not best.error < failed.error or not math.isfinite(lost):  # how far off it was is not known
             return None
         if drop <= 0 or best.error == 0:
             return failed.error * math.sqrt(asked / lost)

@@ -149,6 +149,21 @@ def test_a_metric_that_any_plan_breaks_gives_the_original() -> None:
     assert dense - max(costs) <= 2 * max((dense - PROBLEM.smallest("flops")) / RESOLUTION, 80)
 
 
+def test_a_metric_that_is_infinite_behind_a_cliff() -> None:
+    """How far off such a plan is says nothing of where the drop is reached, so what is left is halved."""
+    for limit in (0.05, 0.12, 0.2):
+        target = metric(0.01)
+
+        def drop(effect: float, _: int, limit: float = limit) -> float:
+            return math.inf if effect > limit else 0.0
+
+        found = search(target, Scores(drop), {"effect": by_effect})
+        smallest, dense = PROBLEM.smallest("flops"), PROBLEM.cost(PROBLEM.dense, "flops")
+        best = cheapest(target, lambda effect, limit=limit: drop(effect, 0, limit))  # type: ignore[misc]
+        # Measured: within .004 of the range.
+        assert best <= PROBLEM.cost(found.outcome.pick, "flops") <= best + (dense - smallest) / 100
+
+
 def test_a_metric_where_less_is_better() -> None:
     up = search(metric(0.01), Scores(lambda e, _: 3 * e**2))
     down = search(metric(0.01, higher_is_better=False), Scores(lambda e, _: 3 * e**2, higher_is_better=False))

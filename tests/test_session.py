@@ -1,0 +1,219 @@
+"""Plans of a session: what comes back is never worse than what was compared; the baseline that proxies must beat."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_fx
+from lowrank_fx import Keep, LowRankModule, TargetError, Tolerance
+from lowrank_fx.corrections import Made
+from lowrank_fx.session import BASELINE, Session
+from lowrank_fx.settle import ALTERNATED, Choice
+
+
+class Convolved(nn.Module):
+    """A convolution that alternation fits to other rows than those that choose, behind an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 24)
+        self.up = nn.Linear(24, 48)
+        self.conv = nn.Conv1d(48, 48, 3, padding=1)
+        self.norm = nn.BatchNorm1d(48)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.up(self.words(words)).mT
+        logits: Tensor = self.head(torch.relu(self.norm(x + self.conv(x))).mT)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def convolved() -> LowRankModule:
+    torch.manual_seed(2)
+    model = Convolved().eval()
+    batches = [torch.randint(0, 50, (8, 12)) for _ in range(10)]
+    return lowrank_fx.optimize(model, batches, target=Keep(flops=0.9), compile=False, progress=False)
+
+
+@pytest.fixture(scope="module")
+def linear() -> LowRankModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 16))
+    batches = [torch.randn(32, 24) @ torch.diag(0.9 ** torch.arange(24)) for _ in range(8)]
+    return lowrank_fx.optimize(model, batches, target=Keep(params=0.6), compile=False, progress=False)
+
+
+def session_of(made: LowRankModule) -> Session:
+    assert made.session is not None
+    return made.session
+
+
+# ---- what is settled on ----------------------------------------------------------------------------------------------
+
+
+def test_a_tolerance_holds_on_the_rows_that_chose(convolved: LowRankModule) -> None:
+    session, worse = session_of(convolved), 0
+    for asked in (0.1, 0.12, 0.15):
+        first = dict(session.plan(Tolerance(asked))[0].candidates)
+        # No room is left: whatever gives more than the plan as it was compared breaks this one.
+        target = Tolerance(min(first["effect"], asked))
+        plan, made = session.plan(target)
+        errors = dict(plan.candidates)
+        assert plan.factored
+        assert plan.select_error <= target.error
+        assert plan.select_error == errors[plan.candidate] == min(errors.values())
+        assert made.error(session.program, session.calibration.select_batches) == plan.select_error
+        worse += errors[f"effect, {ALTERNATED}"] > target.error
+    assert worse
+
+
+def test_a_budget_is_never_spent_worse_than_it_was_compared(convolved: LowRankModule) -> None:
+    for share in (0.5, 0.7):
+        plan, _ = session_of(convolved).plan(Keep(flops=share))
+        assert plan.select_error == min(error for _, error in plan.candidates)
+
+
+def test_an_error_that_is_known_is_not_measured_again(linear: LowRankModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = session_of(linear).maker
+    plan = linear.plan
+    choice = {site.name: ("lowrank", 4) for site in plan.sites}
+    measured: list[Made] = []
+
+    def error(self: Made, *_: object) -> float:
+        measured.append(self)
+        return 1.0
+
+    monkeypatch.setattr(Made, "error", error)
+    maker = replace(maker, corrections=())
+    assert maker.settled(choice, 0.25).error == 0.25
+    assert not measured
+    assert maker.settled(choice, float("inf")).error == 1.0
+    assert len(measured) == 1
+
+
+# ---- the baseline ----------------------------------------------------------------------------------------------------
+
+
+def by_hand(session: Session, target: Keep) -> Choice:
+    """Per layer the largest rank in the basis of activations whose share of the weights fits for all."""
+    budget = session.budget(target)
+    sizes = {site.name: (site.out_features, site.in_features) for site in session.table.sites}
+    ranks = {name: session.curves[name].forms["lowrank"].ranks for name in sizes}
+    shares = {r * (m + d) / (m * d) for name, (m, d) in sizes.items() for r in ranks[name]} | {1.0}
+    for share in sorted(shares, reverse=True):
+        cost, choice = 0, {}
+        for name, (m, d) in sizes.items():
+            fitting = [r for r in ranks[name] if r * (m + d) <= share * m * d * (1 + 1e-12)]
+            rank = None if share >= 1 else max(fitting, default=ranks[name][0])
+            cost += m * d if rank is None else rank * (m + d)
+            if rank is not None:
+                choice[name] = ("lowrank", rank)
+        if cost <= budget:
+            return choice
+    raise AssertionError("nothing fits")
+
+
+def gradients_only(session: Session) -> Session:
+    """As it is where every plain variant left the race."""
+    left = {key: effect for key, effect in session.effects.items() if key[1].endswith("@gradient")}
+    assert len(left) == 3
+    return replace(session, effects=left, _late={})
+
+
+def test_the_baseline_is_uniform_over_plain_forms(linear: LowRankModule) -> None:
+    session, target = gradients_only(session_of(linear)), Keep(params=0.6)
+    plan, _ = session.plan(target)
+    choice = by_hand(session, target)
+    factored = {name: (session.curves[name].site, session.curves[name].factors(*own)) for name, own in choice.items()}
+    expected = Made(factored).error(session.program, session.calibration.select_batches)
+    assert dict(plan.candidates)[BASELINE] == pytest.approx(expected, rel=1e-6)
+    assert plan.select_error < expected
+    names = [name for name, _ in session.plan(Tolerance(0.2))[0].candidates]
+    assert names.count(BASELINE) == 1
+
+
+def test_a_baseline_that_wins_is_the_plan(linear: LowRankModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = gradients_only(session_of(linear))
+    measured = Session._select_error
+
+    def misled(self: Session, choice: Choice) -> float:
+        return measured(self, choice) + any("@" in form for form, _ in choice.values())
+
+    monkeypatch.setattr(Session, "_select_error", misled)
+    planned = session.planned(Keep(params=0.6))
+    plan = planned.plan
+    assert plan.candidate.split(", ")[:2] == BASELINE.split(", ")
+    assert {site.basis for site in plan.factored} == {"activation"}
+    assert plan.totals.kept("params", "model") <= 0.6
+    assert plan.select_error == planned.made.error(session.program, session.calibration.select_batches)
+    # The effects of what had left the race were measured for it.
+    assert all(0 < site.effect < 1 for site in plan.factored)
+    assert plan.predicted_error == pytest.approx(sum(site.effect**2 for site in plan.factored) ** 0.5)
+    assert session.plan(Keep(params=0.6))[0].to_json() == plan.to_json()
+    assert lowrank_fx.plan.Plan.from_json(plan.to_json()) == plan
+    # Layers may leave it again.
+    dropped = plan.factored[0].name
+    fewer = session.without(planned, {dropped: "slower"})
+    kept = {site.name: (site.form, site.basis, site.rank) for site in plan.factored if site.name != dropped}
+    assert {site.name: (site.form, site.basis, site.rank) for site in fewer.plan.factored} == kept
+    assert "slower" in {site.reason for site in fewer.plan.sites}
+
+
+def test_a_baseline_that_was_compared_already_is_not_again(linear: LowRankModule) -> None:
+    session = session_of(linear)
+    plain = {(name, "lowrank"): next(iter(session.effects.values())) for name in session.curves}
+    plan, _ = replace(session, effects=plain).plan(Keep(params=0.6))
+    assert BASELINE not in dict(plan.candidates)
+    assert "uniform" in dict(plan.candidates)
+
+
+@pytest.mark.parametrize("options", [{"effort": "low"}, {"planner": "energy"}, {"planner": "uniform"}])
+def test_where_there_is_no_baseline(linear: LowRankModule, options: dict[str, Any]) -> None:
+    batches = [torch.randn(32, 24) for _ in range(5)]
+    made = lowrank_fx.optimize(
+        session_of(linear).model, batches, target=Keep(params=0.6), compile=False, progress=False, **options
+    )
+    assert BASELINE not in dict(made.plan.candidates)
+
+
+# ---- what cannot be reached ------------------------------------------------------------------------------------------
+
+
+def reached(model: nn.Module, batches: list[Tensor], **options: Any) -> str:
+    with pytest.raises(TargetError) as caught:
+        lowrank_fx.optimize(model, batches, target=Keep(params=0.01), compile=False, progress=False, **options)
+    found = re.search(r"\(\d of \d weights can be factored(; .*)?\)$", str(caught.value))
+    assert found is not None, str(caught.value)
+    return found[0]
+
+
+def test_forms_that_fit_nothing_are_named_with_what_they_are_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv1d(32, 32, 3, padding=1) for _ in range(4)))
+    found = reached(model, [torch.randn(4, 32, 10) for _ in range(4)], forms=("spatial",))
+    assert found == (
+        "(0 of 4 weights can be factored; 0, 1, 2 and 1 more: no form that is allowed can stand for it (spatial is for "
+        "convolutions whose kernel is larger than one in two dimensions))"
+    )
+
+
+def test_weights_that_are_no_layers_are_named_with_the_reason() -> None:
+    torch.manual_seed(0)
+    model = Convolved().eval()
+    found = reached(model, [torch.randint(0, 50, (8, 12)) for _ in range(4)], skip=("[uh]*",))
+    assert found == (
+        "(1 of 4 weights can be factored; up, head: skipped by the pattern '[uh]*'; words: an embedding is a table "
+        "lookup, not a matrix product)"
+    )
+
+
+def test_where_all_can_be_factored_no_reason_is_told(linear: LowRankModule) -> None:
+    with pytest.raises(TargetError, match=r"\(3 of 3 weights can be factored\)$"):
+        linear.replan(Keep(params=0.01))
