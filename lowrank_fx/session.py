@@ -7,7 +7,7 @@ shares the model's weights, which therefore have to stay as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias, get_args
@@ -17,16 +17,15 @@ from torch import nn
 from lowrank_fx._ambient import settled
 from lowrank_fx._progress import Progress
 from lowrank_fx.account import Account
+from lowrank_fx.baseline import BASELINE, baseline, plain_beyond, plain_effects
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.compiling import compile_module
 from lowrank_fx.corrections import Made, Settled
 from lowrank_fx.curves import EffectCurve, SiteCurves
-from lowrank_fx.double_sided import ACTIVATION, split_variant, variant
+from lowrank_fx.double_sided import split_variant, variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_effects, measure_joint
 from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.errors import TargetError
-from lowrank_fx.forms import FORMS, why_none
-from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.frozen import Frozen
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.offers import Offers
@@ -36,7 +35,6 @@ from lowrank_fx.planners.budget import Outcome, within_budget, within_tolerance
 from lowrank_fx.planners.marginal import around, neighbours
 from lowrank_fx.planners.metric import within_drop
 from lowrank_fx.planners.problem import Allocator, Pick, Problem
-from lowrank_fx.planners.uniform import uniform
 from lowrank_fx.program import Program
 from lowrank_fx.scored import score
 from lowrank_fx.settle import Choice, Maker, gauge_notes
@@ -44,15 +42,10 @@ from lowrank_fx.shared_inputs import Joint, joined, sharing_notes
 from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.targets import CostKind, Keep, Metric, Target, Tolerance, obeys_speed
+from lowrank_fx.unfactored import unfactored
 
 MARGINAL_FLOPS = 5.0e11
 """Work allowed for measuring effects again around a plan; where the least rows cost more, it is left out."""
-
-MOST_REASONS, MOST_NAMES = 3, 3
-"""Reasons why weights cannot be factored that a message tells, and weights that it names for each."""
-
-BASELINE = "uniform, plain"
-"""The candidate that owes nothing to measured effects, nor to gradients."""
 
 Taken: TypeAlias = tuple[tuple[str, tuple[str, int]], ...]
 """A choice that can be looked up."""
@@ -246,21 +239,11 @@ class Session:
         return owner._finish(target, quantity, replace(best, candidates=candidates))
 
     def _baseline(self, quantity: CostKind, budget: int) -> Choice | None:
-        """A uniform allocation over the output forms in the basis of activations, in the race or not.
-
-        The pick that every proxy has to beat: neither effects nor gradients have a part in it. None where a low effort
-        made no curves in that basis, where nothing of it fits, and under a share of the time, which only what is on
-        offer is timed for.
-        """
-        variants = [(name, form) for name, entry in self.curves.items() for form in entry.forms]
-        twinned = all(split_variant(form)[0] in self.curves[name].forms for name, form in variants)
-        if quantity == "latency" or not twinned:
+        """The choice that every proxy has to beat; none under a share of the time, for which nothing of it is timed."""
+        effects = plain_effects(self.curves)
+        if quantity == "latency" or effects is None:
             return None
-        effects = {(name, form): EffectCurve(()) for name, form in variants if _is_plain(form)}
-        problem = replace(self, effects=effects).problem
-        if problem.smallest(quantity) > budget:
-            return None
-        return problem.factored(uniform(problem, quantity, budget))
+        return baseline(replace(self, effects=effects).problem, quantity, budget)
 
     def _offering(self, choice: Choice) -> tuple[Session, Pick]:
         """The session that has all of a choice on offer, and the choice as a pick there."""
@@ -276,16 +259,8 @@ class Session:
     def _with_plain(self) -> Session:
         """The session with the plain variants on offer that left the race, their effects measured now."""
         if not self._late:
-            curves = {}
-            for name, entry in self.curves.items():
-                left = {
-                    form: curve
-                    for form, curve in entry.forms.items()
-                    if _is_plain(form) and (name, form) not in self.effects
-                }
-                if left:
-                    curves[name] = replace(entry, forms=left)
-            self._late.update(measure_effects(self.program, curves, self.calibration, self.effort, self.progress))
+            left = plain_beyond(self.curves, self.effects)
+            self._late.update(measure_effects(self.program, left, self.calibration, self.effort, self.progress))
         return replace(self, effects={**self.effects, **self._late})
 
     def _select_error(self, choice: Choice) -> float:
@@ -426,21 +401,9 @@ class Session:
         if self.times is not None:
             paying = sum(len(options) > 1 for options in self.problem.options.values())
             counts = f"{paying} of {weights} weights can be factored and measured faster so"
-        counts = "; ".join((counts, *self._unfactored()))
+        reasons = unfactored(self.table, self.calibration, self.curves, self.forms)
+        counts = "; ".join((counts, *reasons))
         return self.account.budget(target, target.share if share is None else share, counts)
-
-    def _unfactored(self) -> list[str]:
-        """Why weights cannot be factored: the reasons that most of them have, with their names."""
-        reasons: dict[str, list[str]] = {}
-        for site in self.table.sites:
-            if site.name not in self.curves:
-                reached = self.calibration.sketch_of(self.table, site) is not None
-                reason = why_none(site, self.forms) if reached else "calibration never reached it"
-                reasons.setdefault(reason, []).append(site.name)
-        for entry in self.table.left_alone:
-            reasons.setdefault(entry.reason, []).append(entry.name)
-        told = sorted(reasons.items(), key=lambda item: -len(item[1]))[:MOST_REASONS]
-        return [f"{_listed(names)}: {reason}" for reason, names in told]
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
@@ -506,16 +469,6 @@ class Session:
             curve=apart.account.trade_off(quantity),
         )
         return Planned(plan, made, outcome)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a variant is an output form in the basis of activations."""
-    form, basis = split_variant(name)
-    return basis == ACTIVATION and isinstance(FORMS[form], OutputForm)
 
 
 def _reasoned(site: SitePlan, reasons: Mapping[str, str]) -> SitePlan:

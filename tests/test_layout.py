@@ -55,7 +55,7 @@ HOUSE = (
     *("planners.problem", "planners.budget", "planners.marginal", "planners.metric"),
     *("planners.energy", "planners.uniform", "planners"),
     *("timed_operators", "timing_cache", "timings", "site_times", "account", "shared_inputs", "offers"),
-    *("settle", "session", "payoff", "measuring", "refinement"),
+    *("settle", "baseline", "unfactored", "session", "payoff", "measuring", "refinement"),
     *("folding", "pairs"),
     *("example_calls", "manifest", "transfer"),
     *("storage", "_render", "report"),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import lowrank_fx
 from lowrank_fx import Keep, LowRankModule, TargetError, Tolerance
+from lowrank_fx.baseline import BASELINE
 from lowrank_fx.corrections import Made
-from lowrank_fx.session import BASELINE, Session
+from lowrank_fx.session import Session
 from lowrank_fx.settle import ALTERNATED, Choice
 
 
