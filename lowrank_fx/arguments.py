@@ -30,12 +30,10 @@ def check_names(option: str, names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         OptionError: it is one string, no iterable, or holds something else than strings.
     """
-    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+    kept = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str | bytes) else (names,)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in kept):
         raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
-    names = tuple(names)
-    if not all(isinstance(name, str) for name in names):
-        raise OptionError(f"{option}={names!r}: give a list or tuple of names, such as {option}=('...',)")
-    return names
+    return kept
 
 
 def check_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
