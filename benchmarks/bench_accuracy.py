@@ -58,6 +58,7 @@ class Lead:
         name: of the row.
         variants: which variants of forms take part.
         allocate: spends the budget.
+        around: effects are measured again around the plan, and it is made anew by them.
         corrected: how the factors are corrected afterwards: ``""``, ``"refitted"`` or ``"closed loop"``.
         shared: layers with one input have one first factor where that is predicted to do better.
     """
@@ -65,6 +66,7 @@ class Lead:
     name: str
     variants: Variants
     allocate: Allocator
+    around: bool = False
     corrected: str = ""
     shared: bool = False
 
@@ -87,9 +89,10 @@ LEADS = (
     Lead("allocated by measured effects", _basic, by_effect),
     Lead("+ all forms", _activation, by_effect),
     Lead("+ gradient basis", _any, by_effect),
-    Lead("+ refitted", _any, by_effect, "refitted"),
-    Lead("+ closed loop instead", _any, by_effect, "closed loop"),
-    Lead("+ one first factor for several", _any, by_effect, "closed loop", shared=True),
+    Lead("+ measured again around the plan", _any, by_effect, around=True),
+    Lead("+ refitted", _any, by_effect, True, "refitted"),
+    Lead("+ closed loop instead", _any, by_effect, True, "closed loop"),
+    Lead("+ one first factor for several", _any, by_effect, True, "closed loop", shared=True),
 )
 
 
@@ -200,7 +203,12 @@ def _raced(session: Session, variants: Variants) -> Session:
 
 def _planned(session: Session, lead: Lead, target: Keep) -> tuple[nn.Module, object]:
     """The model of a lead, and what tells it from another."""
-    pick = lead.allocate(session.problem, target.quantity, session.budget(target))
+    session = session.aimed(target, None)
+    budget = session.budget(target)
+    pick = lead.allocate(session.problem, target.quantity, budget)
+    if lead.around:
+        for allocate in (session.marginal(pick) or {}).values():
+            pick = allocate(session.problem, target.quantity, budget)
     if lead.shared:
         session, pick = session.sharing(pick) or (session, pick)
     problem: Problem = session.problem

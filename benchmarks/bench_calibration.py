@@ -17,12 +17,11 @@ import argparse
 import inspect
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +58,9 @@ MOST_RATIO = 2.0
 IMAGES = {"deit_small_patch16_224": (8, 32), "resnet50": (8, 32)}
 """Image models with random weights, and how many batches of how many images of 224 x 224 calibrate them."""
 
+MOST_SECONDS = 2.0
+"""What is asked at most of planning again, without what held-out batches and corrections take."""
+
 SHARES = (0.8, 0.67, 0.5)
 ROUNDS = 5
 MIB = 1 << 20
@@ -71,6 +73,7 @@ def main() -> None:
     """Measure memory first and then time, and write the page."""
     parser = common.option_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="paired turns, at least 3 (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="sections to measure")
     parser.add_argument("--peak-of", choices=("plain", "optimize"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 3:
@@ -81,23 +84,25 @@ def main() -> None:
     if options.peak_of is not None:
         print(json.dumps(peaks(data, options.peak_of)))
         return
-    lines = ["# What calibration and planning cost", "", *common.machine(options.date), ""]
-    # Memory comes first: Linux counts what a parent holds when it starts a process as part of that process's peak.
-    memory = memory_lines(data)
-    model, tokenizer = load_encoder()
-    batches = common.calibration_batches(data, tokenizer)
-    tokens = statistics.mean(batch["input_ids"].shape[1] for batch in batches)
-    lines += [
-        *common.paragraph(
-            f"all-MiniLM-L6-v2 with mean pooling; {common.CALIBRATION_SENTENCES:,} sentences of STS-B train in "
-            f"{len(batches)} batches of {common.BATCH}, padded to {tokens:.0f} tokens in the mean."
-        ),
-        "",
-        *time_lines(model, batches, options.rounds),
-        "",
-        *memory,
-    ]
-    common.publish(options.out, "calibration.md", lines)
+    page = options.out / "calibration.md"
+    kept = common.sections(page)
+    for part in (part for part in PARTS if part in options.only):
+        for title, text in PARTS[part](data, options.rounds).items():
+            kept[title] = [*common.machine(options.date), "", *text]
+        lines = ["# What calibration and planning cost", "", *common.paragraph(LEGEND)]
+        for title in (RATIOS, STAGES, PLANNING, MEMORY):
+            if title in kept:
+                lines += ["", f"## {title}", "", *kept[title]]
+        common.publish(options.out, page.name, lines)
+
+
+LEGEND = (
+    f"The encoder is all-MiniLM-L6-v2 with mean pooling, over {common.CALIBRATION_SENTENCES:,} sentences of STS-B "
+    f"train in batches of {common.BATCH}, padded to 37 tokens in the mean."
+)
+
+RATIOS, STAGES = "Calibration against plain forward passes", "The other stages, once each"
+PLANNING, MEMORY = "Planning again, after one calibration", "Peak memory"
 
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
@@ -206,10 +211,19 @@ def image_model(name: str) -> tuple[nn.Module, list[Tensor]]:
     return common.image_model(name), [torch.randn(size, 3, 224, 224, generator=generator) for _ in range(count)]
 
 
-def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[str]:
-    """The sections on time."""
-    rows = [against_plain("all-MiniLM-L6-v2", model, batches, rounds)]
+def ratios(data: Path, rounds: int) -> dict[str, list[str]]:
+    """The section on calibration beside plain passes."""
+    model, tokenizer = load_encoder()
+    rows = [against_plain("all-MiniLM-L6-v2", model, common.calibration_batches(data, tokenizer), rounds)]
     rows += [against_plain(name, *image_model(name), rounds) for name in IMAGES]
+    header = ("model", "batches", "plain passes", "calibrate", "ratio", "IQR", "asked, at most", "met", "paired turns")
+    said = "Medians; the ratio is the median of the turns' ratios. Both eager, without gradients, after a warm-up."
+    return {RATIOS: [said, "", *common.table(header, rows)]}
+
+
+def planning_stages(data: Path, rounds: int) -> dict[str, list[str]]:
+    """The sections on what comes after calibration."""
+    model, tokenizer = load_encoder()
     taken: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -218,35 +232,25 @@ def time_lines(model: nn.Module, batches: Sequence[Batch], rounds: int) -> list[
         taken[stage] = time.perf_counter() - started
         started = time.perf_counter()
 
-    session = stages(model, batches, after)
-    del taken["calibrate"]  # once is not enough where it is compared; it is above
+    session = stages(model, common.calibration_batches(data, tokenizer), after)
+    del taken["calibrate"]  # once is not enough where it is compared, in a section of its own
+    session.plan(Keep(params=0.75, of="sites"))  # the first plan lists the options of every site
     plans = [plan_seconds(session, share) for share in SHARES]
     low = replace(session, effort=effort_of("low"))
     plans += [(f"{name}, low effort", *rest) for name, *rest in (plan_seconds(low, share) for share in SHARES)]
-    header = ("model", "batches", "plain passes", "calibrate", "ratio", "IQR", "asked, at most", "met", "paired turns")
-    return [
-        "## Calibration against plain forward passes",
-        "",
-        "Medians; the ratio is the median of the turns' ratios. Both eager, without gradients, after a warm-up.",
-        "",
-        *common.table(header, rows),
-        "",
-        "## The other stages, once each",
-        "",
-        *common.table(("stage", "seconds"), [(name, f"{seconds:.2f}") for name, seconds in taken.items()]),
-        "",
-        "## Planning, after one calibration",
-        "",
-        *common.paragraph(
-            "Seconds of `Session.plan`; the first plan also lists the options of every site. *Comparison*: candidates, "
-            "corrected factors and the final plan on held-out batches. *Effects again*: around the plan. *Refit*: "
-            "two numbers per output channel by least squares. *Closed loop*: every layer fitted to what the factored "
-            "layers before it give. *The rest*: factors, certified bounds. *Low effort*: from the same session, as "
-            '`effort="low"` plans: nothing is measured around the plan and no loop is closed.'
-        ),
-        "",
-        *common.table(("target", *PLAN_PARTS, "the rest", "in all", "in all but comparison and corrections"), plans),
-    ]
+    header = ("target", *PLAN_PARTS, "the rest", "in all", "in all but comparison and corrections")
+    said = (
+        "Seconds of `Session.plan`, after a first plan. *Comparison*: candidates, corrected factors and the final plan "
+        "on held-out batches. *Effects again*: around the plan. *Refit*: two numbers per output channel by least "
+        "squares. *Closed loop*: every layer fitted to what the factored layers before it give. *The rest*: factors, "
+        "certified bounds, what layers with one input would share. *Low effort*: from the same session, as "
+        '`effort="low"` plans: nothing is measured around the plan and no loop is closed.'
+    )
+    stage_rows = [(name, f"{seconds:.2f}") for name, seconds in taken.items()]
+    return {
+        STAGES: common.table(("stage", "seconds"), stage_rows),
+        PLANNING: [*common.paragraph(said), "", *common.table((*header, "asked, at most", "met"), plans)],
+    }
 
 
 PLAN_PARTS = ("allocation", "comparison", "effects again", "refit", "closed loop", "trade-off curve")
@@ -295,14 +299,16 @@ def plan_seconds(session: Session, share: float) -> tuple[str, ...]:
         watch.time("in all", session.plan)(target)
     parts = [watch.seconds[name] for name in PLAN_PARTS]
     whole = watch.seconds["in all"]
-    figures = (*parts, whole - sum(parts), whole, whole - sum(watch.seconds[name] for name in MEASURED))
-    return (str(target), *(f"{seconds:.2f}" for seconds in figures))
+    own = whole - sum(watch.seconds[name] for name in MEASURED)
+    figures = (*parts, whole - sum(parts), whole, own)
+    asked = f"{MOST_SECONDS:g}", common.met(own <= MOST_SECONDS)
+    return (str(target), *(f"{seconds:.2f}" for seconds in figures), *asked)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def memory_lines(data: Path) -> list[str]:
+def memory(data: Path, rounds: int) -> dict[str, list[str]]:
     """The section on memory: two fresh processes, and what calibration keeps."""
     plain, optimized = (_in_fresh_process(data, what) for what in ("plain", "optimize"))
     kept = {name: optimized.pop(name) for name in ("sketches", "cached batches")}
@@ -311,18 +317,14 @@ def memory_lines(data: Path) -> list[str]:
         for process, found in (("plain passes", plain), ("optimize", optimized))
         for stage, mib in found.items()
     ]
-    return [
-        "## Peak memory",
-        "",
-        *common.paragraph(
-            "Resident memory of a fresh process at its highest until the end of each stage, in MiB; a stage that adds "
-            "nothing stayed below what came before it. Calibration keeps "
-            + " and ".join(f"{mib:.0f} MiB of {name}" for name, mib in kept.items())
-            + "."
-        ),
-        "",
-        *common.table(("process", "until the end of", "peak", "above loaded"), rows, left=2),
-    ]
+    said = (
+        "Resident memory of a fresh process at its highest until the end of each stage, in MiB; a stage that adds "
+        "nothing stayed below what came before it. Calibration keeps "
+        + " and ".join(f"{mib:.0f} MiB of {name}" for name, mib in kept.items())
+        + "."
+    )
+    header = ("process", "until the end of", "peak", "above loaded")
+    return {MEMORY: [*common.paragraph(said), "", *common.table(header, rows, left=2)]}
 
 
 def _in_fresh_process(data: Path, what: str) -> dict[str, float]:
@@ -358,6 +360,13 @@ def peaks(data: Path, what: str) -> dict[str, float]:
         "cached batches": sum(batch.nbytes for batch in cached) / MIB,
     }
 
+
+# Memory comes first: Linux counts what a parent holds when it starts a process as part of that process's peak.
+PARTS: Mapping[str, Callable[[Path, int], dict[str, list[str]]]] = {
+    "memory": memory,
+    "ratios": ratios,
+    "planning": planning_stages,
+}
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from lowrank_fx import cost
 from lowrank_fx.compiling import compile_module
-from lowrank_fx.forms.base import rank_step
 from lowrank_fx.frozen import Frozen
 from lowrank_fx.latency import PairedTiming, paired_speedup
 
@@ -414,7 +413,7 @@ def rank_decision(dtype: torch.dtype, columns: Sequence[dict[int, float]]) -> st
     }
     # The steps down to which all ranks are fast, those of larger steps too; the widest is what they are held against.
     fast = [step for step in AROUND if all(least[other] >= AS_FAST for other in finer if other >= step)]
-    own, name = rank_step(str(dtype)), _name(dtype)
+    own, name = cost.FAST_STEP, _name(dtype)
     listed = ", ".join(f"{rate:.2f} ({step})" for step, rate in least.items())
     said = f"In {name} the slowest multiples reach, errors added, {listed} of the speed between those of {widest}."
     if min(fast) == own:
@@ -530,10 +529,10 @@ LAYOUT = (
 RANKS = (
     f"Compiled pairs around rank {MIDDLE}: linear ones at {SHAPE_ROWS:,} rows, and a 3 x 3 convolution of {CHANNELS} "
     f"channels in the form `channel` at {SIZE} x {SIZE}, {IMAGES[-1]} images. A figure is FLOPs per second over those "
-    f"at rank {MIDDLE}: 1 means that time grows as the rank does. From a break-even rank of 64 on the package offers "
-    f"multiples of {rank_step('torch.float32')} in float32 and of {rank_step('torch.bfloat16')} in bfloat16. A step "
-    f"counts as fast where all its ranks, and those of larger steps, reach {AS_FAST:g} of the speed that the line "
-    f"between the times of the multiples of {AROUND[0]} around them gives: part of the time is of no rank."
+    f"at rank {MIDDLE}: 1 means that time grows as the rank does. From a break-even rank of 64 on, targets other than "
+    f"`Keep(params=)` have multiples of {cost.FAST_STEP} on offer. A step counts as fast where all its ranks, and "
+    f"those of larger steps, reach {AS_FAST:g} of the speed that the line between the times of the multiples of "
+    f"{AROUND[0]} around them gives: part of the time is of no rank."
 )
 CUDA = (
     "Nothing was measured on CUDA, since no accelerator was at hand, and no figure of this page holds there. Decision: "

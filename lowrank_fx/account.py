@@ -16,6 +16,9 @@ from lowrank_fx.targets import CostKind, Keep, Quantity
 CURVE_POINTS = 9
 """Points of the trade-off curve, dense included."""
 
+ROUNDING = 1e-12
+"""Relative; what a share loses as a float must not cost a count: .57 of 10,000 is 5,700."""
+
 
 @dataclass(frozen=True)
 class Account:
@@ -55,7 +58,7 @@ class Account:
         of_model = target.of == "model"
         before = self.before[quantity] if of_model else self.problem.cost(self.problem.dense, quantity)
         fixed = self.fixed[quantity] if of_model else 0
-        budget = math.floor(share * before) - fixed
+        budget = math.floor(share * before * (1 + ROUNDING)) - fixed
         smallest = self.problem.smallest(quantity)
         if smallest > budget:
             reachable = math.ceil((smallest + fixed) / max(before, 1) * 1e4) / 1e4

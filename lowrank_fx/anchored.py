@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.moments import full_precision
 
 RIDGES = (1e-2, 1e-1, 1.0)
 """The shares a that are tried: the first whose fit beats W on rows that it has not seen.
@@ -142,10 +143,13 @@ class PairSum:
             width = inputs.shape[1] // groups
             self._cross = torch.zeros(outputs.shape[1], width, dtype=torch.float64, device=inputs.device)
             self._total = torch.zeros(outputs.shape[1], dtype=torch.float64, device=inputs.device)
-        into, out = inputs - self._about[0], outputs - self._about[1]
+        # Half precision would round the products, or let them overflow, before they are summed.
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        into, out = inputs.to(wide) - self._about[0], outputs.to(wide) - self._about[1]
         parts = zip(into.chunk(groups, 1), out.chunk(groups, 1), self._cross.chunk(groups), strict=True)
-        for own, wanted, cross in parts:
-            cross += wanted.T @ own
+        with full_precision(inputs.device):
+            for own, wanted, cross in parts:
+                cross += wanted.T @ own
         self._total += out.sum(0, dtype=torch.float64)
         self._rows += len(inputs)
 

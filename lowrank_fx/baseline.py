@@ -10,8 +10,8 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from lowrank_fx.curves import EffectCurve, SiteCurves
-from lowrank_fx.double_sided import ACTIVATION, split_variant
-from lowrank_fx.forms import FORMS
+from lowrank_fx.double_sided import split_variant
+from lowrank_fx.forms import ACTIVATION, FORMS
 from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.planners.problem import Problem
 from lowrank_fx.planners.uniform import uniform

@@ -162,7 +162,7 @@ def optimize(
     of: Annotated[
         Scope | None,
         target_option(
-            help="What a share counts: the whole model (the default), or the layers that can be factored alone.",
+            help="What a share counts: the whole model (the default), or only the layers that can be factored.",
             show_default=False,
         ),
     ] = None,

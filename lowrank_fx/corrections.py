@@ -2,7 +2,7 @@
 
 A site's factors are made for the original's activations. Each correction here walks the graph with the plan's factors
 in place and fits what it can; held-out rows decide which of them, if any, comes back. To add one, write a function of
-the type :data:`Correction` and list it in ``CORRECTIONS``.
+the type :data:`Correction` and list it in ``CORRECTIONS`` and in the efforts (``effort.py``) that try it.
 """
 
 from __future__ import annotations

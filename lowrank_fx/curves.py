@@ -6,14 +6,15 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from lowrank_fx._progress import Progress
 from lowrank_fx.calibration import Calibration
-from lowrank_fx.double_sided import GRADIENT, ObliqueCurve, double_sided, oblique_factors, split_variant, variant
+from lowrank_fx.double_sided import ObliqueCurve, double_sided, oblique_factors, split_variant, variant
 from lowrank_fx.errors import PlanError
-from lowrank_fx.forms import FORMS, ErrorCurve, Factors, forms_for
+from lowrank_fx.forms import FORMS, GRADIENT, ErrorCurve, Factors, forms_for
 from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.program import Program
@@ -28,6 +29,12 @@ class SiteCurves:
     weight: Tensor
     sketch: Sketch
     forms: Mapping[str, ErrorCurve]
+
+    @cached_property
+    def energy(self) -> float:
+        """The least that |W (X - mean)^T|^2 can be over the sketched rows, or |W X^T|^2 for a layer without a bias."""
+        matrix = self.site.matrix(self.weight.detach()).double()
+        return self.sketch.certificate(matrix, centered=self.site.centered)[0]
 
     def factors(self, form: str, rank: int, *, final: bool = True) -> Factors:
         """The factors at one rank of one variant.

@@ -31,13 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank_fx.forms.base import ErrorCurve, Factors, apply_blocks
+from lowrank_fx.forms.base import ACTIVATION, ErrorCurve, Factors, apply_blocks
 from lowrank_fx.forms.output import OutputForm, group_spectrum
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
-
-ACTIVATION, GRADIENT, SHARED = "activation", "gradient", "shared"
 
 SHRINKAGE = 0.1
 """The share a of the identity in Gamma'. On real models .03, .1 and .3 give plans of nearly the same error."""

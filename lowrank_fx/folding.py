@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from lowrank_fx.cost import dense_params
-from lowrank_fx.double_sided import SHARED
 from lowrank_fx.errors import OptionError
+from lowrank_fx.forms import SHARED
 from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.sites import Site, matches
 

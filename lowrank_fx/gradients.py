@@ -203,7 +203,7 @@ def _affordable(calibration: Calibration, effort: Effort) -> tuple[list[Call], i
         return calls, min(max(rows // max(sum(sizes), 1), 1), effort.probes)
     if rows < sizes[0]:
         return [calls[0].rows(0, max(1, rows))], 1
-    count = rows * len(calls) // sum(sizes)
+    count = max(1, rows * len(calls) // sum(sizes))
     return [calls[position * len(calls) // count] for position in range(count)], 1
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lowrank_fx.capture import preserved, unwrap
+from lowrank_fx.cost import fast_ranks
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.session import Session
 from lowrank_fx.site_times import SiteTimes
@@ -22,7 +23,7 @@ def site_times(session: Session, *, compiled: bool) -> SiteTimes:
         compiled: whether the result is going to be compiled.
     """
     offered: dict[str, dict[str, Sequence[int]]] = {
-        name: {form: curve.ranks for form, curve in entry.forms.items() if (name, form) in session.effects}
+        name: {form: fast_ranks(curve.ranks) for form, curve in entry.forms.items() if (name, form) in session.effects}
         for name, entry in session.curves.items()
     }
     timings = Timings(session.program.device, TimingCache())

@@ -29,7 +29,7 @@ from lowrank_fx.refinement import refined_plan
 from lowrank_fx.report import Report
 from lowrank_fx.session import Session
 from lowrank_fx.storage import Artifact
-from lowrank_fx.targets import Keep, Metric, Target, check_target, obeys_speed
+from lowrank_fx.targets import Metric, Target, asks_for_time, check_target, obeys_speed
 from lowrank_fx.timings import SiteSpeed
 from lowrank_fx.transfer import Before
 from lowrank_fx.weight_files import MAX_SHARD_SIZE
@@ -39,10 +39,11 @@ class LowRankModule(Exporting, ProgramModule):
     """A model with factored layers: same inputs, same outputs and output classes, its own weights.
 
     Its parameters carry the original's fully qualified names; a factored layer ``layer.0.q`` has
-    ``layer.0.q.factor_in`` and ``layer.0.q.factor_out`` in place of ``layer.0.q.weight``; layers with one first factor
-    hold it once, under the name of the first of them. It trains, moves and saves like any module. It was captured in
-    eval mode: ``train()`` sets the flag, but dropout stays off and batch norms stay folded. Dtypes that ``forward``
-    itself spells out stay as captured: cast a model before optimizing it.
+    ``layer.0.q.factor_in`` and ``layer.0.q.factor_out`` (three factors: ``factor_mid`` too) in place of
+    ``layer.0.q.weight``; layers with one first factor hold it once, under the name of the first of them. It trains,
+    moves and saves like any module. A graph was captured in eval mode: ``train()`` sets the flag, but dropout stays off
+    and batch norms stay folded; a module tree obeys it. Dtypes that ``forward`` itself spells out stay as captured:
+    cast a model before optimizing it.
 
     Attributes:
         artifact: program, plan and timing.
@@ -72,7 +73,7 @@ class LowRankModule(Exporting, ProgramModule):
 
     @property
     def timing(self) -> PairedTiming | None:
-        """The measured speed against the original, or None if nothing was factored."""
+        """The measured speed against the original, or None if nothing was factored, and after ``fold``."""
         return self.artifact.timing
 
     def report(self) -> Report:
@@ -95,7 +96,7 @@ class LowRankModule(Exporting, ProgramModule):
         Raises:
             OptionError: ``refine`` is not legal, or ``checkpoint`` is given without it.
             StorageError: the checkpoint cannot be written, is damaged, or is of another run.
-            LowRankError: this module was loaded or folded, so it has no calibration.
+            LowRankError: this module was loaded or folded, so it has no calibration, or the original has changed since.
             TargetError: the target cannot be reached.
         """
         if self.session is None:
@@ -215,7 +216,7 @@ def build(
         )
     cause = refused_by_compile(session, frozen=frozen) if compile else None
     compile = compile and cause is None
-    by_time = isinstance(target, Keep) and target.latency is not None
+    by_time = asks_for_time(target)
     times = site_times(session, compiled=compile) if compile or by_time else None
     last: list[tuple[Made, LowRankModule]] = []
 

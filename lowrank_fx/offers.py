@@ -27,6 +27,7 @@ class Offers:
         curves: error curves by site name.
         effects: measured effects by (site name, variant); a variant without any left the race and is not on offer.
         regauge: whether pairs are re-gauged where they can be.
+        fast: whether ranks are those that run fast for what they cost, since FLOPs or time are what counts.
         times: measured times of the sites; None where no clock is obeyed. What does not pay by them is not on offer.
         joints: layers that may have one first factor, all of each together; theirs is the last option of a site.
     """
@@ -36,6 +37,7 @@ class Offers:
     curves: Mapping[str, SiteCurves]
     effects: Mapping[tuple[str, str], EffectCurve]
     regauge: bool
+    fast: bool
     times: SiteTimes | None
     joints: tuple[Joint, ...] = ()
 
@@ -56,7 +58,8 @@ class Offers:
                 continue
             plain = FORMS[split_variant(form)[0]]
             regauged = self.regauge and plain.regauges(site)
-            for rank in (*curve.ranks, *curve.beyond) if regauged else curve.ranks:
+            ranks = (*curve.ranks, *curve.beyond) if regauged else curve.ranks
+            for rank in cost.fast_ranks(ranks) if self.fast else ranks:
                 error = curve.error(rank)
                 if regauged:
                     params = cost.regauged_params(site.out_features, site.in_features, rank)

@@ -76,9 +76,9 @@ def optimize(
         target: ``Tolerance(error)``, ``Metric(fn, max_drop=drop)``, ``Keep(latency=share)``, ``Keep(params=share)`` or
             ``Keep(flops=share)``. The first three never return a slower model: with ``compile`` (for a share of the
             time in any case) layers are timed, dense and factored, and one is factored only where that measured
-            faster; if the model as a whole is not faster for it, layers are folded back until it is. What they give
-            depends on the clock of this machine. The last two obey their budget, and the report says where it does not
-            pay.
+            faster; if the model as a whole is not faster for it, layers are folded back, else the original returns.
+            What they give depends on the clock of this machine. The last two obey their budget, and the report says
+            where it does not pay.
         skip: patterns of layers to leave alone, such as ``"*.pooler.*"``.
         planner: ``"budget"`` (the default: measured effects, the best of several allocations), ``"energy"`` or
             ``"uniform"``.
@@ -90,8 +90,9 @@ def optimize(
         compile: run the result through ``torch.compile`` (inductor), and measure it against the compiled original.
         frozen: compile both with their weights as constants, which inductor lays out for speed. For inference: calls
             with gradients enabled run the ordinary compiled model. Changed weights are seen by the next call, which
-            compiles anew; only writes through ``param.data`` in place cannot be seen (see :mod:`lowrank_fx.frozen`).
-            The laid-out weights are held beside the model's own. Single layers are timed without.
+            compiles anew; only writes that torch does not count, as those through ``param.data``, cannot be seen (see
+            :mod:`lowrank_fx.frozen`). The laid-out weights are held beside the model's own. Single layers are timed
+            unfrozen.
         copy: the result owns all of its tensors; False shares those that are not factored with ``model``.
         capture: ``"export"`` takes the model as a graph, by ``torch.export``; ``"modules"`` as its tree of modules,
             whose own Python keeps running; ``"auto"`` as a graph, and as a tree where that is refused or would fix the
@@ -117,7 +118,7 @@ def optimize(
         A :class:`~lowrank_fx.module.LowRankModule`, called like ``model``.
 
     Raises:
-        CaptureError: the model cannot be captured as a graph.
+        CaptureError: the model cannot be captured in the way that ``capture`` asks for.
         CalibrationError: the loader or its batches cannot be used.
         TargetError: the target cannot be reached; the message names the smallest reachable value.
         OptionError: an option has a value that is not legal.
@@ -235,7 +236,7 @@ def calibrate(
         progress: show a progress bar for work over two seconds.
 
     Raises:
-        CaptureError: the model cannot be captured as a graph.
+        CaptureError: the model cannot be captured in the way that ``capture`` asks for.
         CalibrationError: the loader or its batches cannot be used, or are not those of the interrupted run.
         OptionError: an option has a value that is not legal.
         StorageError: the checkpoint cannot be written, is damaged, or is of another run.

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from lowrank_fx._files import parse_json
 from lowrank_fx.errors import PlanError, TargetError
-from lowrank_fx.forms import DENSE, FORMS
+from lowrank_fx.forms import ACTIVATION, DENSE, FORMS, SHARED
 from lowrank_fx.sites import LeftAlone
 from lowrank_fx.targets import Target, target_from_json
 
@@ -61,7 +61,7 @@ class SitePlan:
     bound: float
     effect: float
     reason: str
-    basis: str = "activation"
+    basis: str = ACTIVATION
     pivots: int | None = None
     gathered: bool = False
     shares: str | None = None
@@ -125,7 +125,8 @@ class MetricSearch:
     Attributes:
         before: the original's metric.
         after: the metric of this plan.
-        points: every other evaluation, in order; shares are of what the target makes small.
+        points: every other evaluation, in order; shares are of what the target makes small, or
+            of the FLOPs where that is time.
     """
 
     before: float
@@ -297,8 +298,10 @@ def _check_site(site: SitePlan) -> None:
         raise PlanError(f"site {site.name!r}: its sizes, weights or FLOPs are no counts")
     if site.form != DENSE and site.form not in FORMS:
         raise PlanError(f"site {site.name!r}: no form is called {site.form!r}; there are {[DENSE, *FORMS]}")
-    # Between two convolutions that share the kernel's positions there may be more channels than outputs.
-    limit = min(site.out_features, site.in_features) if site.form in ("lowrank", "channel") else site.in_features
+    # Between two convolutions that share the kernel's positions there may be more channels than outputs, and in a first
+    # factor that several layers share, more rows than one of them has outputs.
+    alone = site.form in ("lowrank", "channel") and site.basis != SHARED
+    limit = min(site.out_features, site.in_features) if alone else site.in_features
     if site.factored and not (site.rank is not None and 1 <= site.rank <= limit):
         raise PlanError(f"site {site.name!r}: rank {site.rank!r} is not between 1 and {limit}")
     if not site.factored and site.rank is not None:

@@ -74,7 +74,7 @@ def refined_plan(
         return replace(plan, notes=(*plan.notes, word)), program
     if isinstance(target, Metric) and seen is not None:
         value = score(target, program.copy(), "the refined plan")
-        point = MetricPoint(plan.totals.kept(target.of, "model"), done.best, value)
+        point = MetricPoint(plan.totals.kept(target.recorded, "model"), done.best, value)
         seen = MetricSearch(seen.before, seen.after, (*seen.points, point))
         plan = replace(plan, metric=seen)
         if not target.holds(seen.before, value):

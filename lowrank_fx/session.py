@@ -76,6 +76,7 @@ class Session:
         effort: how much work a plan may be.
         progress: whether work over two seconds shows a progress bar.
         regauge: whether pairs are re-gauged where they can be, which the target says.
+        fast: whether only ranks are on offer that run fast for what they cost: for all targets but ``Keep(params=)``.
         times: measured times of the sites, of a target that obeys them: options that are not faster are not on offer.
         joints: layers that may have one first factor; their options are for plans that take all of each.
         forms: names of the forms that the user allows; None for all.
@@ -94,6 +95,7 @@ class Session:
     effort: Effort = EFFORTS["high"]
     progress: bool = False
     regauge: bool = False
+    fast: bool = False
     times: SiteTimes | None = None
     joints: tuple[Joint, ...] = ()
     forms: tuple[str, ...] | None = None
@@ -109,7 +111,8 @@ class Session:
     @property
     def offers(self) -> Offers:
         """What makes the options of a site."""
-        return Offers(self.table, self.calibration, self.curves, self.effects, self.regauge, self.times, self.joints)
+        asked = self.regauge, self.fast, self.times, self.joints
+        return Offers(self.table, self.calibration, self.curves, self.effects, *asked)
 
     @property
     def maker(self) -> Maker:
@@ -133,10 +136,11 @@ class Session:
             times: of the sites, or None where none were measured.
         """
         regauge = isinstance(target, Keep) and target.regauge
+        fast = not (isinstance(target, Keep) and target.quantity == "params")
         times = times if obeys_speed(target) else None
-        if regauge == self.regauge and times is None and self.times is None:
+        if (regauge, fast) == (self.regauge, self.fast) and times is None and self.times is None:
             return self
-        return replace(self, regauge=regauge, times=times)
+        return replace(self, regauge=regauge, fast=fast, times=times)
 
     def again(self) -> Session:
         """The session with its problem posed anew, after more was measured."""
@@ -171,7 +175,7 @@ class Session:
         if isinstance(target, Tolerance):
             quantity: CostKind = "flops"
             outcome = within_tolerance(self.problem, quantity, target.error, allocators, evaluate)
-            marginal = self._around(outcome.pick)
+            marginal = self.marginal(outcome.pick)
             if marginal is not None:
                 smaller = within_tolerance(self.problem, quantity, target.error, marginal, evaluate)
                 if self.problem.cost(smaller.pick, quantity) < self.problem.cost(outcome.pick, quantity):
@@ -181,7 +185,7 @@ class Session:
             quantity = target.quantity
             budget = self.budget(target, share)
             outcome = within_budget(self.problem, quantity, budget, allocators, evaluate)
-            marginal = self._around(outcome.pick)
+            marginal = self.marginal(outcome.pick)
             if marginal is not None:
                 outcome = outcome.against(within_budget(self.problem, quantity, budget, marginal, evaluate))
         return self._challenged(target, quantity, outcome, budget, errors)
@@ -196,7 +200,7 @@ class Session:
         """
         if self.times is not None or self.regauge or type(self.program) is not GraphProgram:
             return None
-        joints = joined(self.table, self.curves, self.problem.chosen(pick))
+        joints = joined(self.table, self.curves, self.problem.chosen(pick), fast=self.fast)
         if not joints:
             return None
         session = replace(self, joints=joints)
@@ -267,7 +271,7 @@ class Session:
         """The error of a choice on the select half, with factors as candidates are compared."""
         return joint_error(self.program, self.maker.factors(choice, final=False), self.calibration.select_batches)
 
-    def _around(self, pick: Pick) -> Mapping[str, Allocator] | None:
+    def marginal(self, pick: Pick) -> Mapping[str, Allocator] | None:
         """The candidate by the effects that sites have around a pick; None where measuring them is too dear."""
         if not self.effort.around or "effect" not in planner(self.planner):
             return None
@@ -297,8 +301,8 @@ class Session:
 
             def value_of(pick: Pick) -> float:
                 settled = self.maker.settled(self.problem.factored(pick), evaluate(pick))
-                kept = self.account.totals(pick).kept(target.of, "model")
-                plan = f"the plan that keeps {kept:.1%} of its {target.of}" if settled.made.factored else "the original"
+                kept = f"{self.account.totals(pick).kept(target.recorded, 'model'):.1%} of its {target.recorded}"
+                plan = f"the plan that keeps {kept}" if settled.made.factored else "the original"
                 # A metric may cast, move or train what it is given, so that must not be the user's own tensors.
                 program, original = settled.made.into(self.program, clone=True), not settled.made.factored
                 value = score(target, program, plan, original=original)
@@ -311,7 +315,7 @@ class Session:
 
             found = within_drop(self.problem, asked, allocators, evaluate, value_of)
         points = tuple(
-            MetricPoint(self.account.totals(each.pick).kept(target.of, "model"), errors[each.pick], each.value)
+            MetricPoint(self.account.totals(each.pick).kept(target.recorded, "model"), errors[each.pick], each.value)
             for each in found.scored
         )
         plan, made, outcome = self._finish(target, target.of, found.outcome, held[found.outcome.pick])
@@ -367,7 +371,7 @@ class Session:
         if not made.factored:
             return replace(plan, metric=replace(seen, after=seen.before))
         value = score(target, made.into(self.program, clone=True), "the plan without the layers that do not pay")
-        point = MetricPoint(plan.totals.kept(target.of, "model"), plan.select_error, value)
+        point = MetricPoint(plan.totals.kept(target.recorded, "model"), plan.select_error, value)
         return replace(plan, metric=replace(seen, after=value, points=(*seen.points, point)))
 
     # ---- the problem ---------------------------------------------------------------------------------------------
@@ -452,6 +456,8 @@ class Session:
                 )
             )
         report_error = made.error(self.program, self.calibration.report_batches)
+        if not math.isfinite(report_error):
+            raise TargetError(f"{target}: the plan's outputs are not finite on the held-out rows that report its error")
         plan = Plan(
             target=target,
             planner=self.planner,

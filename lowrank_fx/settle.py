@@ -141,7 +141,7 @@ class Maker:
         if factors.shift is not None:
             moved = apply_blocks(residual, sketch.mean, site.groups) - factors.shift
             offset = sketch.rows * float(moved.square().sum())
-        energy = sketch.certificate(matrix, centered=site.centered)[0]
+        energy = self.curves[site.name].energy
         return relative(least + offset, energy), relative(most + offset, energy)
 
     def _uncorrected(self, choice: Choice, error: float, tried: list[tuple[str, float]]) -> Settled:

@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ from torch import Tensor
 from lowrank_fx import cost
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.curves import SiteCurves
-from lowrank_fx.double_sided import SHARED, ObliqueCurve, split_variant, variant
-from lowrank_fx.forms import Factors
+from lowrank_fx.double_sided import ObliqueCurve, split_variant, variant
+from lowrank_fx.forms import SHARED, Factors
 from lowrank_fx.forms.base import rank_step, with_prior
 from lowrank_fx.forms.output import group_spectrum
 from lowrank_fx.grouped_sketch import Sketch
@@ -57,7 +58,8 @@ class Joint:
         effects: what each is predicted to do to the model's output, squares adding up.
         errors: of each, relative, in its own metric.
         lefts: what each weight is multiplied by from the left to give its part of K: ``[m, q]``.
-        start: the first factor for the weights and rows that it was planned for: float64 ``[rank, d]``.
+        stack: K for the weights that it was planned for: float64 ``[sum of q, d]``.
+        basis: K's directions that are kept: float64 ``[sum of q, rank]``.
     """
 
     sites: tuple[Site, ...]
@@ -65,12 +67,18 @@ class Joint:
     effects: tuple[float, ...]
     errors: tuple[float, ...]
     lefts: tuple[Tensor, ...] = field(repr=False)
-    start: Tensor = field(repr=False)
+    stack: Tensor = field(repr=False)
+    basis: Tensor = field(repr=False)
 
     @property
     def name(self) -> str:
         """The parameter that holds the first factor."""
         return self.sites[0].attribute("factor_in")
+
+    @cached_property
+    def start(self) -> Tensor:
+        """The first factor for the weights and rows that it was planned for: float64 ``[rank, d]``."""
+        return _spanned(self.basis, self.stack)
 
     def options(self, calibration: Calibration) -> dict[str, Option]:
         """What each layer costs and does, by site name; the first one pays for the first factor."""
@@ -127,13 +135,16 @@ class Joint:
         return made
 
 
-def joined(table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option]) -> tuple[Joint, ...]:
+def joined(
+    table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option], *, fast: bool
+) -> tuple[Joint, ...]:
     """The groups of layers that are better off with one first factor than apart, at no higher cost.
 
     Args:
         table: the sites and taps.
         curves: error curves by site name.
         chosen: the options of a pick, by site name.
+        fast: whether ranks are those that run fast for what they cost.
 
     Returns:
         At most one group per tap.
@@ -141,7 +152,7 @@ def joined(table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mapping[s
     found = []
     for sites in _families(table, curves, chosen):
         groups = _groups(sites)
-        tried = [joint for joint in (_join(group, curves, chosen) for group in groups) if joint is not None]
+        tried = [joint for joint in (_join(group, curves, chosen, fast) for group in groups) if joint is not None]
         best = max(tried, key=lambda joint: _gain(joint, chosen), default=None)
         if best is not None and _gain(best, chosen) > 0:
             found.append(best)
@@ -180,12 +191,14 @@ def _gain(joint: Joint, chosen: Mapping[str, Option]) -> float:
     return apart - math.fsum(effect**2 for effect in joint.effects)
 
 
-def _join(sites: tuple[Site, ...], curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option]) -> Joint | None:
+def _join(
+    sites: tuple[Site, ...], curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option], fast: bool
+) -> Joint | None:
     """Layers with one first factor of the rank that costs no more than their pairs; None where there is none."""
     options = [chosen[site.name] for site in sites]
     width, outputs = sites[0].in_features, sum(site.out_features for site in sites)
     rank = sum(option.params for option in options) // (width + outputs)
-    step = rank_step(sites[0].dtype)
+    step = cost.FAST_STEP if fast else rank_step(sites[0].dtype)
     rank = rank // step * step if rank >= 64 else rank
     lefts = tuple(_left(curves[site.name], option) for site, option in zip(sites, options, strict=True))
     if rank < 1 or any(left is None for left in lefts):
@@ -203,7 +216,7 @@ def _join(sites: tuple[Site, ...], curves: Mapping[str, SiteCurves], chosen: Map
         effects.append(math.sqrt(left_over))
         errors.append(math.sqrt(left_over / whole) if whole > 0 else 0.0)
         start += left.shape[1]
-    return Joint(sites, rank, tuple(effects), tuple(errors), kept, _spanned(basis[:, :rank], stack))
+    return Joint(sites, rank, tuple(effects), tuple(errors), kept, stack, basis[:, :rank])
 
 
 def _left(curves: SiteCurves, option: Option) -> Tensor | None:

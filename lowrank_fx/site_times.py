@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lowrank_fx.calibration import Calibration
-from lowrank_fx.double_sided import SHARED, split_variant
+from lowrank_fx.double_sided import split_variant
+from lowrank_fx.forms import SHARED
 from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import obeys_speed

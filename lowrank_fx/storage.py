@@ -25,7 +25,7 @@ from lowrank_fx.capture import capture, device_of
 from lowrank_fx.errors import StorageError
 from lowrank_fx.example_calls import decode_call, encode_call
 from lowrank_fx.fingerprint import BaseWeight, base_weights
-from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.forms import FORMS, SHARED, Factors
 from lowrank_fx.gauge import Gauge
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.latency import PairedTiming
@@ -320,8 +320,10 @@ def _match_sites(root: Path, program: Program, plan: Plan) -> list[tuple[SitePla
             )
         form, rank = FORMS[entry.form], entry.rank
         assert rank is not None
-        # No form needs more than a pair of full rank, whatever stands in the file.
-        most = (site.out_features + site.in_features) * min(site.out_features, site.in_features)
+        # No form needs more than a pair of full rank, whatever stands in the file; a first factor that several layers
+        # share may have a row for each input.
+        full = site.in_features if entry.basis == SHARED else min(site.out_features, site.in_features)
+        most = (site.out_features + site.in_features) * full
         if not form.applies(site) or form.params(site, rank) > most:
             raise StorageError(f"{root}: {entry.name!r} cannot have the form {entry.form!r} at rank {rank}")
         if entry.pivots is not None and not form.regauges(site):

@@ -27,11 +27,12 @@ class Tolerance:
     """The cheapest plan (fewest FLOPs) whose error on held-out batches is at most ``error``.
 
     It is held to that on the half of the held-out rows that chooses among plans; the other half reports. A model that
-    is going to be compiled is factored only where that measured faster, and the original comes back if no such plan
-    did: what is returned depends on the clock.
+    is going to be compiled is factored only where that measured faster, and, compiled or not, the original comes back
+    if no plan measured faster as a whole: what is returned depends on the clock.
 
     Args:
-        error: relative L2 error of the model's floating outputs on held-out batches, greater than 0.
+        error: relative error of the model's floating outputs on held-out batches, greater than 0: by L2, or by the
+            ``loss_fn`` that was asked for.
 
     Raises:
         TargetError: ``error`` is not a positive finite number.
@@ -63,13 +64,14 @@ class Keep:
         params: share of the parameters that may remain, in (0, 1].
         flops: share of the FLOPs that may remain, in (0, 1].
         of: ``"model"`` counts everything the model holds or computes, after over before; ``"sites"`` counts the
-            weights (or FLOPs, or time) of the layers that can be factored alone.
+            weights (or FLOPs, or time) only of the layers that can be factored.
         regauge: only with ``params``: the pairs of linear layers in float32 and float64 are *re-gauged*, which takes
             r^2 of their r (m + n) numbers away without changing what they compute, and so buys higher ranks
             (``gauge.py``). They round about ten times as much as plain ones: leave it off for a model that is going to
             run in half precision or under autocast.
         latency: share of the original's time that may remain on the first calibration batch, in (0, 1], both compiled
-            if the result is, held to within the standard error of the measurement. Exactly one of the three is given.
+            if the result is, to within the standard error of the measurement; a model that misses it says so in a note.
+            Exactly one of the three is given.
 
     Raises:
         TargetError: not exactly one of ``params``, ``flops`` and ``latency``, a share outside (0, 1], an unknown
@@ -138,7 +140,8 @@ class Metric:
             under ``torch.no_grad``, random numbers seeded alike every time) and owns its tensors, and returns a finite
             number; a tensor or array of one element is one.
         max_drop: how much worse the metric may be than the original's, in its own unit (not a share); 0 or more.
-        of: what is made small, ``"flops"`` or ``"params"``.
+        of: what is made small, ``"flops"``, ``"params"`` or ``"latency"``: the time on the first calibration batch, by
+            the measured times of the layers.
         evaluations: how often ``fn`` is called at most, the call for the original included; 2 or more.
         higher_is_better: False for a metric that falls as a model gets better, such as perplexity.
 
@@ -152,7 +155,7 @@ class Metric:
     fn: Callable[[nn.Module], object] = field(repr=False, compare=False)
     max_drop: float
     _: KW_ONLY
-    of: Quantity = "flops"
+    of: CostKind = "flops"
     evaluations: int = 12
     higher_is_better: bool = True
     name: str = field(init=False)
@@ -168,8 +171,8 @@ class Metric:
                 f"Metric({self._short}, max_drop={self.max_drop!r}): the drop must be a finite number, 0 or more, "
                 "in the metric's own unit, such as 0.01"
             )
-        if self.of not in get_args(Quantity):
-            raise TargetError(f"Metric(of={self.of!r}): the legal values are 'flops' and 'params'")
+        if self.of not in get_args(CostKind):
+            raise TargetError(f"Metric(of={self.of!r}): the legal values are 'flops', 'params' and 'latency'")
         if not isinstance(self.evaluations, int) or isinstance(self.evaluations, bool) or self.evaluations < 2:
             raise TargetError(
                 f"Metric(evaluations={self.evaluations!r}): give a whole number of at least 2; the original takes one"
@@ -178,9 +181,14 @@ class Metric:
             raise TargetError(f"Metric(higher_is_better={self.higher_is_better!r}): give True or False")
 
     @property
-    def quantity(self) -> Quantity:
-        """What is made small: ``"params"`` or ``"flops"``."""
+    def quantity(self) -> CostKind:
+        """What is made small: ``"params"``, ``"flops"`` or ``"latency"``."""
         return self.of
+
+    @property
+    def recorded(self) -> Quantity:
+        """The quantity whose share a plan records for each score: FLOPs for time, since no plan holds a time."""
+        return "flops" if self.of == "latency" else self.of
 
     def drop(self, before: float, after: float) -> float:
         """How much worse ``after`` is than ``before``, in the metric's own unit; negative where it is better."""
@@ -304,6 +312,11 @@ def check_target(target: object) -> Target:
 def obeys_speed(target: Target) -> bool:
     """Whether a target never returns a slower model; any other obeys its budget, and the report says what it costs."""
     return not isinstance(target, Keep) or target.latency is not None
+
+
+def asks_for_time(target: Target) -> bool:
+    """Whether it is the time itself that a target keeps a share of, or makes small."""
+    return isinstance(target, Keep | Metric) and target.quantity == "latency"
 
 
 def _is_number(value: object) -> bool:

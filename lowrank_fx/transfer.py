@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_fx._env import max_rewrites
-from lowrank_fx.double_sided import SHARED
-from lowrank_fx.forms import FORMS, Factors
+from lowrank_fx.forms import FORMS, SHARED, Factors
 from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.gauge import Gauge
 from lowrank_fx.passes.factorize_regauged import ORDER

@@ -57,6 +57,16 @@ def test_moments_merge_and_are_those_of_all_rows() -> None:
             assert torch.allclose(found.unexplained(weight), direct, rtol=1e-10, atol=1e-8)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 300.0)])
+def test_rows_in_half_precision_are_summed_in_more(dtype: torch.dtype, scale: float) -> None:
+    inputs, outputs, truth = pairs(3)
+    inputs, outputs = (scale * inputs).to(dtype), (scale * outputs).to(dtype)
+    found, expected = moments(inputs, outputs), moments(inputs.double(), outputs.double())
+    off = found.unexplained(truth) - expected.unexplained(truth)
+    # Products in bfloat16 would be off by a hundredth, and those of large rows in float16 infinite.
+    assert float(off.norm()) < 1e-4 * float(expected.unexplained(torch.zeros_like(truth)).norm())
+
+
 @pytest.mark.parametrize("centered", [True, False])
 def test_what_a_fit_to_one_half_does_to_the_other(centered: bool) -> None:
     data = [pairs(seed) for seed in (1, 2)]

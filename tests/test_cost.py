@@ -109,3 +109,15 @@ def test_every_rank_on_offer_saves_and_none_is_missing(out_features: int, in_fea
 )
 def test_ranks_on_offer(shape: tuple[int, int], multiple: int, expected: tuple[int, ...]) -> None:
     assert cost.candidate_ranks(*shape, multiple) == expected
+
+
+@given(out_features=SIZES, in_features=SIZES, multiple=st.sampled_from((8, 16)))
+def test_fast_ranks_are_those_on_offer_that_are_multiples(out_features: int, in_features: int, multiple: int) -> None:
+    offered = cost.candidate_ranks(out_features, in_features, multiple)
+    small = cost.break_even_rank(out_features, in_features) < 64
+    assert cost.fast_ranks(offered) == tuple(rank for rank in offered if small or rank % 16 == 0)
+
+
+def test_a_site_keeps_a_rank_where_none_is_fast() -> None:
+    assert cost.fast_ranks((8,)) == (8,)
+    assert cost.fast_ranks(()) == ()

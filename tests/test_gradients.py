@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lowrank_fx import gradients as room
 from lowrank_fx.batches import Assigned, Call, Role
 from lowrank_fx.calibration import Calibration, blank
 from lowrank_fx.calibration_run import run_calibration
+from lowrank_fx.curves import error_curves
 from lowrank_fx.effort import EFFORTS
 from lowrank_fx.gradients import output_gradients, output_rows, random_projection
 from lowrank_fx.pipeline import Capture, take
@@ -150,6 +153,29 @@ def test_padding_takes_no_part_and_work_is_bounded(monkeypatch: pytest.MonkeyPat
     assert [call.batch_size for call in room._affordable(calibration, high)[0]] == [8]
     monkeypatch.setattr(room, "GRADIENT_FLOPS", calibration.flops * 0.5)
     assert [call.batch_size for call in room._affordable(calibration, high)[0]] == [2]
+
+
+def test_a_small_first_batch_is_enough_where_little_work_is_allowed() -> None:
+    calls = [Call((torch.zeros(count, 3),), {}) for count in (4, 32, 32, 32)]
+    calibration: Any = SimpleNamespace(input_batches=calls, flops=4.0)
+    found = room._affordable(calibration, replace(EFFORTS["high"], samples=7))
+    assert ([call.batch_size for call in found[0]], found[1]) == ([4], 1)
+
+
+def test_wide_outputs_are_sketched_by_frequent_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "EXACT_BYTES", 0)
+    monkeypatch.setattr(room, "SKETCH_SIZE", 4)
+    _, program, table, calibration = prepared("export")
+    sketches = output_gradients(program, table, calibration, progress=False).sketches
+    sizes = {site.name: site.out_features for site in table.sites}
+    assert {name: sketch.exact for name, sketch in sketches.items()} == {
+        name: size <= 8 for name, size in sizes.items()
+    }
+    curves = error_curves(program, table, calibration, None, progress=False, gradients=sketches)
+    curve = curves["hidden"].forms["lowrank@gradient"]
+    errors = [curve.error(rank) for rank in curve.ranks]
+    assert errors == sorted(errors, reverse=True)
+    assert curves["hidden"].factors("lowrank@gradient", curve.ranks[0]).factor_in.shape == (curve.ranks[0], 6)
 
 
 def test_code_that_reads_numbers_out_of_tensors_is_not_warned() -> None:

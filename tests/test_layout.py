@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The modules of lowrank_fx in the order data flows (DESIGN.md, section 4), read as one sequence: a module imports only
+# The modules of lowrank_fx in the order data flows (ARCHITECTURE.md), read as one sequence: a module imports only
 # from modules before it. A package stands where its __init__ belongs: before its modules when they rest on it
 # (passes), behind them when it gathers them (planners).
 HOUSE = (

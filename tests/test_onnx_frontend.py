@@ -345,6 +345,7 @@ def test_files_that_do_not_fit(source: Path, tmp_path: Path) -> None:
     [
         ({"target": Keep(params=0.5, regauge=True)}, TargetError, "not re-gauged"),
         ({"target": Keep(latency=0.5)}, TargetError, "no table of times"),
+        ({"target": Metric(lambda model: 0.0, 0.5, of="latency")}, TargetError, "no table of times"),
         ({"target": 0.5}, TargetError, "not a target"),
         ({"forms": ["banana"]}, OptionError, "no form is called 'banana'"),
         ({"planner": "banana"}, OptionError, "banana"),

@@ -273,6 +273,30 @@ def test_a_metric_is_asked_again_for_what_is_left(fast: LowRankModule, table: Ta
     assert not made.plan.factored
 
 
+def test_a_metric_may_make_the_time_small(fast: LowRankModule, table: Table, model: nn.Module) -> None:
+    """A layer that hardly gains time is left dense, whatever FLOPs it would save."""
+    x = torch.cat(data())
+    expected = model(x)
+
+    def likeness(candidate: nn.Module) -> float:
+        return 1 - float((candidate(x) - expected).norm() / expected.norm())
+
+    def speed(operator: Operator, pair: Pair) -> float:
+        return 1.01 if size_of(operator) == (160, 64) else flop_ratio(operator, pair)
+
+    table.speed = speed
+    by_time, by_flops = (fast.replan(Metric(likeness, 0.005, of=of)) for of in ("latency", "flops"))
+    assert time_left(by_time, speed) < time_left(by_flops, speed)
+    for made in (by_time, by_flops):
+        seen = made.plan.metric
+        assert seen is not None
+        assert made.plan.factored
+        assert 1 - seen.after <= 0.005
+        assert made.plan.totals.kept("flops", "model") in [point.kept for point in seen.points]
+    assert "FLOPs kept" in str(by_time.report())
+    assert by_time.plan.to_json() == Plan.from_json(by_time.plan.to_json()).to_json()
+
+
 # ---- a share of the time -------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_fx import refine as refining
+from lowrank_fx._progress import Progress
 from lowrank_fx.batches import Call
 from lowrank_fx.cache import CachedBatch
 from lowrank_fx.capture import capture
@@ -148,6 +150,26 @@ def test_it_learns_and_says_so(way: Way, blocks: float) -> None:
     assert done.best_step in range(4, 25, 4)
     assert done.steps == 24
     assert done.notes == ()
+
+
+def test_the_progress_bar_tells_the_loss_and_the_held_out_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+
+    class Bar(Progress):
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            notes.append(note)
+
+    monkeypatch.setattr(refining, "Progress", Bar)
+    setup = Setup()
+    program = setup.factored()
+    start = setup.held_out(program)
+    setup.refine(program)
+    said = [note for note in notes if note]
+    assert len(said) == OPTIONS.steps
+    told = [
+        re.fullmatch(r"loss ([\d.e-]+), held-out error ([\d.e-]+) \(at the start ([\d.e-]+)\)", note) for note in said
+    ]
+    assert all(match is not None and float(match[3]) == pytest.approx(start, rel=1e-3) for match in told)
 
 
 @pytest.mark.parametrize("way", ["graph", "tree"])

@@ -509,7 +509,7 @@ def test_merged_sketches_keep_their_certificate_and_plan_as_well() -> None:
         least, most = sketch.certificate(change)
         assert least <= loss <= most
         losses.append(math.sqrt(loss))
-    assert losses[1] <= 1.01 * losses[0]  # DESIGN.md 3a; measured: 1.0003
+    assert losses[1] <= 1.01 * losses[0]  # what merging may cost a plan; measured: 1.0003
     assert merged.sketches[name].parts[0].delta > 0
 
 

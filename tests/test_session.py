@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 import lowrank_fx
 from lowrank_fx import Keep, LowRankModule, TargetError, Tolerance
 from lowrank_fx.baseline import BASELINE
+from lowrank_fx.cache import CachedBatch
 from lowrank_fx.corrections import Made
+from lowrank_fx.program import Program
 from lowrank_fx.session import Session
 from lowrank_fx.settle import ALTERNATED, Choice
+from lowrank_fx.targets import Target
 
 
 class Convolved(nn.Module):
@@ -73,6 +78,20 @@ def test_a_tolerance_holds_on_the_rows_that_chose(convolved: LowRankModule) -> N
         assert made.error(session.program, session.calibration.select_batches) == plan.select_error
         worse += errors[f"effect, {ALTERNATED}"] > target.error
     assert worse
+
+
+@pytest.mark.parametrize(
+    ("target", "step"), [(Keep(params=0.5), 8), (Keep(flops=0.5), 16), (Tolerance(0.1), 16)], ids=str
+)
+def test_ranks_are_fast_where_flops_or_time_count(target: Target, step: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 4))
+    made = lowrank_fx.optimize(
+        model, [torch.randn(64, 256) for _ in range(5)], target=Keep(params=0.6), compile=False, progress=False
+    )
+    offered = session_of(made).aimed(target, None).problem.options
+    assert {option.rank for option in offered["0"]} == {None, *range(step, 128, step)}
+    assert {option.rank for option in offered["2"]} == {None, 1, 2, 3}
 
 
 def test_a_budget_is_never_spent_worse_than_it_was_compared(convolved: LowRankModule) -> None:
@@ -182,6 +201,21 @@ def test_where_there_is_no_baseline(linear: LowRankModule, options: dict[str, An
         session_of(linear).model, batches, target=Keep(params=0.6), compile=False, progress=False, **options
     )
     assert BASELINE not in dict(made.plan.candidates)
+
+
+def test_a_plan_whose_reported_outputs_overflow_is_refused(
+    linear: LowRankModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, measured = session_of(linear), Made.error
+
+    def overflowing(self: Made, program: Program, batches: Sequence[CachedBatch]) -> float:
+        return math.inf if batches[0] is session.calibration.report_batches[0] else measured(self, program, batches)
+
+    monkeypatch.setattr(Made, "error", overflowing)
+    with pytest.raises(
+        TargetError, match=r"Keep\(params=0.5\): the plan's outputs are not finite on the held-out rows"
+    ):
+        session.plan(Keep(params=0.5))
 
 
 # ---- what cannot be reached ------------------------------------------------------------------------------------------

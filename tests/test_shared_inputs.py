@@ -115,7 +115,7 @@ def test_the_predicted_effects_are_those_of_the_factors(gradient: bool) -> None:
     x = rows(4000, WIDTH) @ rows(WIDTH, WIDTH, seed=1) + 1
     gradients = {name: rows(500, WIDTH, seed=place) for place, name in enumerate("qkv")} if gradient else None
     table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3, "v": 3}, gradients)
-    (joint,) = joined(table, curves, chosen)
+    (joint,) = joined(table, curves, chosen, fast=False)
     assert {site.name for site in joint.sites} == {"q", "k"}
     assert joint.rank == 3 * 2 * (2 * WIDTH) // (3 * WIDTH)
     predicted = math.fsum(effect**2 for effect in joint.effects)
@@ -127,7 +127,7 @@ def test_the_predicted_effects_are_those_of_the_factors(gradient: bool) -> None:
 def test_no_first_factor_does_better() -> None:
     x = rows(2000, WIDTH) @ rows(WIDTH, WIDTH, seed=1)
     table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3})
-    (joint,) = joined(table, curves, chosen)
+    (joint,) = joined(table, curves, chosen, fast=False)
     best = layer_error(x, joint, curves)
     first = joint.first({name: own.weight for name, own in curves.items()}, curves["q"].sketch)
     torch.testing.assert_close(first @ first.T, torch.eye(joint.rank, dtype=torch.float64))
@@ -145,7 +145,7 @@ def test_no_first_factor_does_better() -> None:
 def test_the_second_factor_is_the_least_squares_fit(size: int | None) -> None:
     x = rows(3000, WIDTH) @ torch.diag(0.6 ** torch.arange(WIDTH)) + 2
     table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3}, size=size)
-    (joint,) = joined(table, curves, chosen)
+    (joint,) = joined(table, curves, chosen, fast=False)
     for site, factors in joint.factors(curves).values():
         weight = curves[site.name].weight.detach().double()
         centred = (x - x.mean(0)).double()
@@ -164,9 +164,9 @@ def test_the_second_factor_is_the_least_squares_fit(size: int | None) -> None:
 def test_layers_that_look_at_other_directions_stay_apart() -> None:
     x = rows(2000, WIDTH)
     table, curves, chosen = problem_of(made(alike=False), x, {"q": 6, "k": 6})
-    assert joined(table, curves, chosen) == ()
+    assert joined(table, curves, chosen, fast=False) == ()
     nothing = {name: replace(option, effect=0.0) for name, option in chosen.items()}
-    assert joined(table, curves, nothing) == ()
+    assert joined(table, curves, nothing, fast=False) == ()
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -291,6 +291,37 @@ def test_saved_and_loaded_it_is_the_same(small: LowRankModule, tmp_path: Path) -
         assert float((moved(x) - wanted).norm()) < float((small(x) - wanted).norm())
         same = lowrank_fx.load(made(), tmp_path, compile=False, strict=False)
         torch.testing.assert_close(same(x), small(x))
+
+
+class Grouped(nn.Module):
+    """Fewer keys than queries, as in grouped-query attention; the same directions matter to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, WIDTH // 4)
+        seen = 0.7 ** torch.arange(WIDTH // 2)[:, None] * rows(WIDTH // 2, WIDTH, seed=7)
+        for place, layer in enumerate((self.q, self.k)):
+            layer.weight.data = rows(layer.out_features, len(seen), seed=20 + place) @ seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.q(x), self.k(x)), -1)
+
+
+def test_a_first_factor_may_have_more_rows_than_a_layer_has_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Grouped().eval()
+    small = lowrank_fx.optimize(model, batches(), target=Keep(params=0.4, of="sites"), compile=False, progress=False)
+    (key,) = [site for site in small.plan.factored if site.name == "k"]
+    assert key.rank is not None
+    assert key.shares == "q"
+    assert key.rank > key.out_features
+    small.save(tmp_path)
+    loaded = lowrank_fx.load(model, tmp_path, compile=False)
+    x = batches()[0]
+    torch.testing.assert_close(loaded(x), small(x))
+    assert Plan.from_json(small.plan.to_json()) == small.plan
+    with torch.no_grad():
+        assert float((small(x) - model(x)).norm() / model(x).norm()) < 0.15
 
 
 @pytest.mark.parametrize("names", [["q"], ["k"], ["q", "k"], None])

@@ -231,7 +231,10 @@ MALFORMED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Metric(accuracy, math.inf), f"Metric(accuracy, max_drop=inf): {DROP}"),
     (lambda: Metric(accuracy, "1 %"), f"Metric(accuracy, max_drop='1 %'): {DROP}"),  # type: ignore[arg-type]
     (lambda: Metric(accuracy, True), f"Metric(accuracy, max_drop=True): {DROP}"),
-    (lambda: Metric(accuracy, 0.1, of="model"), "Metric(of='model'): the legal values are 'flops' and 'params'"),  # type: ignore[arg-type]
+    (
+        lambda: Metric(accuracy, 0.1, of="model"),  # type: ignore[arg-type]
+        "Metric(of='model'): the legal values are 'flops', 'params' and 'latency'",
+    ),
     (lambda: Metric(accuracy, 0.1, evaluations=1), "Metric(evaluations=1): give a whole number of at least 2"),
     (lambda: Metric(accuracy, 0.1, evaluations=9.0), "Metric(evaluations=9.0): give a whole number"),  # type: ignore[arg-type]
     (lambda: Metric(accuracy, 0.1, higher_is_better=1), "Metric(higher_is_better=1): give True or False"),  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_fx import timing_cache
+from lowrank_fx import timing_cache, timings
+from lowrank_fx._progress import Progress
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.sites import Site, SiteCall
 from lowrank_fx.timed_operators import Operator, Pair
@@ -126,6 +127,22 @@ def test_a_survey_measures_each_pair_once_and_estimates_the_ranks_between(tmp_pa
     assert not table.is_measured(*pairs(24)[0])
     assert table.dense_seconds(operator()) == 1e-3
     assert len(machine.asked) == 2
+
+
+def test_a_survey_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, bool, str]] = []
+
+    class Bar(Progress):
+        def __init__(self, label: str, total: int, enabled: bool) -> None:
+            super().__init__(label, total, enabled)
+            self.shown = total, enabled
+
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            told.append((*self.shown, note))
+
+    monkeypatch.setattr(timings, "Progress", Bar)
+    Machine(lambda rank: timing(64 / rank)).timings(tmp_path).survey(pairs(16, 32, 48), progress=True)
+    assert told == [(3, True, operator().key)] * 3
 
 
 def test_a_rank_that_was_chosen_is_measured_itself(tmp_path: Path) -> None:

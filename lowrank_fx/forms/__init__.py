@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 from lowrank_fx.errors import OptionError
 from lowrank_fx.forms.base import (
+    ACTIVATION,
     DENSE,
+    GRADIENT,
     PRIOR_ROWS,
+    SHARED,
     ErrorCurve,
     Factors,
     Form,
@@ -27,9 +30,12 @@ from lowrank_fx.forms.tucker import Tucker2
 from lowrank_fx.sites import Site
 
 __all__ = [
+    "ACTIVATION",
     "DENSE",
     "FORMS",
+    "GRADIENT",
     "PRIOR_ROWS",
+    "SHARED",
     "Channel",
     "ChannelIn",
     "ErrorCurve",

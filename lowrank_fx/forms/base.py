@@ -19,6 +19,9 @@ from lowrank_fx.sketch import FrequentDirections
 
 DENSE = "dense"
 
+ACTIVATION, GRADIENT, SHARED = "activation", "gradient", "shared"
+"""What chooses the directions that a form keeps: the outputs, their gradients besides, or several layers together."""
+
 PRIOR_ROWS = 1.0
 """Rows of white noise, of the data's mean energy, that every exact sketch is taken to have seen as well.
 
@@ -271,7 +274,7 @@ def composed(kernels: Sequence[Tensor], groups: int) -> Tensor:
 
 
 def rank_step(dtype: str) -> int:
-    """The steps of a rank that hardware likes for a dtype, given as ``str(tensor.dtype)``."""
+    """The steps of the ranks that are on offer for a dtype, given as ``str(tensor.dtype)``; see ``cost.fast_ranks``."""
     return 16 if dtype in ("torch.bfloat16", "torch.float16") else 8
 
 

@@ -33,7 +33,7 @@ from lowrank_fx.report import Report
 from lowrank_fx.session import Session
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.study import studied
-from lowrank_fx.targets import Keep, Target, Tolerance, check_target, obeys_speed
+from lowrank_fx.targets import Keep, Target, Tolerance, asks_for_time, check_target, obeys_speed
 
 if TYPE_CHECKING:
     from lowrank_fx.onnx_frontend.model import OnnxModel
@@ -124,7 +124,7 @@ def onnx_compress(
     check_target(target)
     if isinstance(target, Keep) and target.regauge:
         raise TargetError(f"{target}: pairs in ONNX files are not re-gauged; leave regauge out")
-    if isinstance(target, Keep) and target.latency is not None:
+    if asks_for_time(target):
         raise TargetError(
             f"{target}: no table of times is made of onnxruntime's operators; use Tolerance(...), which never writes a "
             "slower file, or Keep(flops=...)"

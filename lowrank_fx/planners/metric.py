@@ -6,6 +6,10 @@ the cheapest budget that holds. Between two scored budgets the next one is guess
 best falls about with the square of the error, so the scored drops say at which error ``max_drop`` is reached, and the
 profile at which budget. Where guesses do not halve what is left, the middle is taken. A metric that is noisy makes
 the search end early or late, never on a plan that was not scored or did not hold.
+
+The proposals are the planner's allocators. Effects measured again around a plan, shared first factors and the plain
+baseline would each take a score of their own and do not compete here. Corrected factors belong to one pick, which is
+scored once, so there is nothing of them to cache; what factors are cut from stays in the curves.
 """
 
 from __future__ import annotations
