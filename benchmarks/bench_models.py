@@ -192,7 +192,7 @@ def measured(name: str, size: int, case: Case, loader: Sequence[Any], original: 
             made = done
             original.at_best = _at_best(made)
             frozen = LowRankModule(made.artifact, None, compile=True, frozen=True)
-            yield _row("the same, frozen=True", original.against(frozen))
+            yield _planned("the same, frozen=True", name, size, frozen, original.against(frozen), None)
             yield _row("the same, folded", original.against(made.fold()))
             yield from _onnx(original, made)
 
@@ -266,8 +266,8 @@ def _onnx(original: Runner, made: LowRankModule) -> Iterator[Row]:
         yield _row(said, original.against(lambda *_, s=session, f=feeds, **__: s.run(None, f)))
 
 
-def _planned(said: str, name: str, size: int, made: LowRankModule, timing: PairedTiming, seconds: float) -> Row:
-    """The row of a plan."""
+def _planned(said: str, name: str, size: int, made: LowRankModule, timing: PairedTiming, seconds: float | None) -> Row:
+    """The row of a plan; ``seconds`` are those of making it, where that was done for this row."""
     kept = made.plan.totals.kept("flops", "model")
     ideal = 1 / kept
     flops = isinstance(made.plan.target, Keep) and made.plan.target.flops is not None
@@ -285,7 +285,7 @@ def _planned(said: str, name: str, size: int, made: LowRankModule, timing: Paire
         percent(kept),
         asked if judged else "",
         common.met(reached) if judged else "",
-        f"{seconds:.0f}",
+        "" if seconds is None else f"{seconds:.0f}",
     )
 
 

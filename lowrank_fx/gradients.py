@@ -9,7 +9,9 @@ with J_i the Jacobian of the outputs with respect to y_i: a Hutchinson estimate 
 squared output error, the one that effects measure. A row that moves by a small e_i adds about e_i^T J_i^T J_i e_i to
 the squared error, if the rows' errors do not meet.
 
-It is a proxy: it orders directions within a layer (``double_sided.py``); what they are worth is measured.
+It is a proxy: it orders directions within a layer (``double_sided.py``); what they are worth is measured. That is why
+it stays the moment of the L2 error where the user asked for another loss: effects are measured by that loss, and the
+basis comes back only where it does better by it.
 """
 
 from __future__ import annotations
