@@ -13,7 +13,7 @@ from lowrank_fx.curves import EffectCurve, SiteCurves
 from lowrank_fx.double_sided import split_variant
 from lowrank_fx.forms import ACTIVATION, FORMS
 from lowrank_fx.forms.output import OutputForm
-from lowrank_fx.planners.problem import Problem
+from lowrank_fx.planners.problem import Problem, filled
 from lowrank_fx.planners.uniform import uniform
 from lowrank_fx.settle import Choice
 from lowrank_fx.targets import CostKind
@@ -23,7 +23,7 @@ BASELINE = "uniform, plain"
 
 
 def baseline(problem: Problem, quantity: CostKind, budget: int) -> Choice | None:
-    """A uniform allocation; None where nothing of it fits.
+    """A uniform allocation, and what its steps leave of the budget spent too; None where nothing of it fits.
 
     Args:
         problem: with the options of :func:`plain_effects`.
@@ -32,7 +32,7 @@ def baseline(problem: Problem, quantity: CostKind, budget: int) -> Choice | None
     """
     if problem.smallest(quantity) > budget:
         return None
-    return problem.factored(uniform(problem, quantity, budget))
+    return problem.factored(filled(problem, quantity, budget, uniform(problem, quantity, budget)))
 
 
 def plain_effects(curves: Mapping[str, SiteCurves]) -> dict[tuple[str, str], EffectCurve] | None:

@@ -122,22 +122,42 @@ def test_an_error_that_is_known_is_not_measured_again(linear: LowRankModule, mon
 
 
 def by_hand(session: Session, target: Keep) -> Choice:
-    """Per layer the largest rank in the basis of activations whose share of the weights fits for all."""
+    """Per layer the largest rank in the basis of activations whose share of the weights fits for all.
+
+    What is left of the budget goes, step by step, to where it lowers a layer's squared error most for its weights.
+    """
     budget = session.budget(target)
     sizes = {site.name: (site.out_features, site.in_features) for site in session.table.sites}
     ranks = {name: session.curves[name].forms["lowrank"].ranks for name in sizes}
     shares = {r * (m + d) / (m * d) for name, (m, d) in sizes.items() for r in ranks[name]} | {1.0}
     for share in sorted(shares, reverse=True):
-        cost, choice = 0, {}
+        cost, choice = 0, dict[str, int]()
         for name, (m, d) in sizes.items():
             fitting = [r for r in ranks[name] if r * (m + d) <= share * m * d * (1 + 1e-12)]
             rank = None if share >= 1 else max(fitting, default=ranks[name][0])
             cost += m * d if rank is None else rank * (m + d)
-            if rank is not None:
-                choice[name] = ("lowrank", rank)
+            choice[name] = d * m if rank is None else rank * (m + d)
         if cost <= budget:
-            return choice
-    raise AssertionError("nothing fits")
+            break
+    left = budget - cost
+    while True:
+        steps = []
+        for name, (m, d) in sizes.items():
+            curve = session.curves[name].forms["lowrank"]
+            error = {rank * (m + d): curve.error(rank) for rank in curve.ranks} | {m * d: 0.0}
+            now = choice[name]
+            steps += [
+                ((error[now] ** 2 - error[more] ** 2) / (more - now), name, more)
+                for more in error
+                if 0 < more - now <= left and error[more] < error[now]
+            ]
+        if not steps:
+            break
+        _, name, more = max(steps)
+        left -= more - choice[name]
+        choice[name] = more
+    factored = {name: weights for name, weights in choice.items() if weights < math.prod(sizes[name])}
+    return {name: ("lowrank", weights // sum(sizes[name])) for name, weights in factored.items()}
 
 
 def gradients_only(session: Session) -> Session:

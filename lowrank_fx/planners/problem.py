@@ -96,22 +96,22 @@ def spend(problem: Problem, quantity: CostKind, budget: int, harm: Callable[[Opt
     """
     check_budget(problem, quantity, budget)
     groups = [[Choice(option.cost(quantity), harm(option)) for option in group] for group in problem.options.values()]
-    return _fill(problem, quantity, budget, allocate(groups, budget).chosen)
+    return filled(problem, quantity, budget, allocate(groups, budget).chosen)
 
 
-def _fill(problem: Problem, quantity: CostKind, budget: int, pick: Pick) -> Pick:
-    """Spend what is left of ``budget`` on lower site errors, where effects are no worse for it.
+def filled(problem: Problem, quantity: CostKind, budget: int, pick: Pick) -> Pick:
+    """A pick that spends what is left of ``budget`` on lower site errors, where effects are no worse for it.
 
     Calibration may see no effect at all of a range of ranks (few rows, a flat curve); the budget allows more, so more
     is kept.
     """
     groups = list(problem.options.values())
-    filled = list(pick)
+    places = list(pick)
     left = budget - problem.cost(pick, quantity)
     while True:
         best: tuple[float, int, int] | None = None
         for site, group in enumerate(groups):
-            now = group[filled[site]]
+            now = group[places[site]]
             for index, option in enumerate(group):
                 step = option.cost(quantity) - now.cost(quantity)
                 if 0 < step <= left and option.error < now.error and option.effect <= now.effect:
@@ -119,10 +119,10 @@ def _fill(problem: Problem, quantity: CostKind, budget: int, pick: Pick) -> Pick
                     if best is None or gain > best[0]:
                         best = (gain, site, index)
         if best is None:
-            return tuple(filled)
+            return tuple(places)
         _, site, index = best
-        left -= groups[site][index].cost(quantity) - groups[site][filled[site]].cost(quantity)
-        filled[site] = index
+        left -= groups[site][index].cost(quantity) - groups[site][places[site]].cost(quantity)
+        places[site] = index
 
 
 def check_budget(problem: Problem, quantity: CostKind, budget: int) -> None:
