@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -48,16 +49,16 @@ def outputs(folder: Path) -> Tensor:
     return made
 
 
-def killed(work: Callable[[], object], delay: float | None = None) -> None:
-    """Run ``work`` in a child, and kill it after ``delay`` seconds, or wait until it has killed itself."""
+def killed(work: Callable[[], object], wait: Callable[[], object] | None = None) -> None:
+    """Run ``work`` in a child, and kill it after ``wait``, or wait until it has killed itself."""
     child = os.fork()
     if child == 0:
         try:
             work()
         finally:
             os._exit(1)
-    if delay is not None:
-        time.sleep(delay)
+    if wait is not None:
+        wait()
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the child ended by itself"
@@ -87,13 +88,23 @@ def test_fifty_saves_killed_at_random_points(tmp_path: Path) -> None:
     rng = random.Random(0)
     found: set[bool] = set()
 
-    def work() -> None:
-        while True:
-            for artifact in both:
-                storage.save(artifact, tmp_path, LIMIT)
+    for kill in range(50):
+        reader, writer = os.pipe()
 
-    for _ in range(50):
-        killed(work, delay=each * rng.uniform(0.2, 4))
+        def work(writer: int = writer) -> None:
+            for artifact in itertools.cycle(both):
+                storage.save(artifact, tmp_path, LIMIT)
+                os.write(writer, b"1")
+
+        def wait(saves: int = kill % 4, reader: int = reader, writer: int = writer) -> None:
+            """Until the child has done ``saves`` saves, however slow the machine is, and is within a later one."""
+            os.close(writer)  # the child's end alone is left: where the child ends, reading does
+            for _ in range(saves):
+                assert os.read(reader, 1), "the child ended by itself"
+            time.sleep(each * rng.random())
+
+        killed(work, wait)
+        os.close(reader)
         found.add(check(tmp_path))
     assert found == {False, True}
 
