@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,6 +110,10 @@ class GraphProgram(Program):
 
     def params(self) -> int:
         """Numbers in the parameters that the graph reads."""
+        return self._params
+
+    @cached_property
+    def _params(self) -> int:
         # A copy holds only what the graph reads, as the result will.
         return distinct_numbers(self._as_it_came().parameters())
 

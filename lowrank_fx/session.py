@@ -376,9 +376,9 @@ class Session:
 
     # ---- the problem ---------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def account(self) -> Account:
-        """What picks cost in all."""
+        """What picks cost in all, in :attr:`problem`."""
         dense = {kind: self.problem.cost(self.problem.dense, kind) for kind in get_args(CostKind)}
         model = self.times.model_nanoseconds if self.times is not None else 0
         fixed: dict[CostKind, int] = {
