@@ -63,7 +63,8 @@ class Patch:
         """As :meth:`extract`, at most ``most`` patches at a time: no more of them are in memory at once."""
         # Channels last: a position's channels then lie together, and every step of a patch is one run of memory.
         sides = [amount for side in reversed(self.padding) for amount in side]
-        padded = F.pad(activation.movedim(1, -1), [0, 0, *sides]).contiguous()
+        last = activation.movedim(1, -1)
+        padded = (F.pad(last, [0, 0, *sides]) if any(sides) else last).contiguous()  # padding by nothing is a copy too
         space, positions = padded.shape[1:-1], (activation.shape[0], *self.positions(*activation.shape[2:]))
         steps = index.new_zeros(1)
         for size, kernel, dilation in zip(space, self.kernel, self.dilation, strict=True):
