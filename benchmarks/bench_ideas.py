@@ -64,7 +64,9 @@ SHARED = (
 
 GAUGE = (
     "The speed of a re-gauged pair against the pair of the same rank, half of break-even. *Window*: its pivots lie "
-    "next to each other, as they nearly always can; *gathered*: they do not, so the inputs are gathered first."
+    "next to each other, as they nearly always can; *gathered*: they do not, so the inputs are gathered first. "
+    "Decision: an option, not a default, since one row at a time is slower with it; windows are taken wherever "
+    "rounding allows it, because they are faster from 16 rows on, and gathered inputs are not."
 )
 
 

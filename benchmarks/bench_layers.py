@@ -37,9 +37,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST_WORK = 4e10
 """FLOPs of a dense call above which a shape is left out: about half a second on two cores, and it is called often."""
 
-MULTIPLE = 8
-"""Of ranks: what vector units and caches like."""
-
 MANY_ROWS = 256
 OVER_PRODUCTS, OVER_IDEAL, WORST = 0.95, 0.90, 0.80
 """What is asked where rows are many: the median over the two products, the median and the worst over FLOP-ideal."""
@@ -156,13 +153,13 @@ def main() -> None:
 
 
 LEGEND = (
-    f"Each layer at a third of its break-even rank, rounded to a multiple of {MULTIPLE}, compiled by inductor, without "
-    "gradients. *Ideal*: FLOPs of the layer over FLOPs of the pair. *Of ideal*: the measured speed-up over that. *Of "
-    "its products*: the time of the pair's two products, each compiled and called by itself on an input at hand, over "
-    "the time of the compiled pair. Convolutions are 3 x 3 with padding unless said, their input channels-last as "
-    "inductor keeps it between convolutions; their rows are output positions. *Depthwise 1x1*: a 3 x 3 depthwise "
-    "convolution and the 1 x 1 one behind it, which alone is factored; the depthwise one is in all times and FLOPs, "
-    "beside the first product. `layers.csv` has every figure with its spread."
+    f"Each layer at a third of its break-even rank, rounded to a multiple of {cost.FAST_STEP}, compiled by inductor, "
+    "without gradients. *Ideal*: FLOPs of the layer over FLOPs of the pair. *Of ideal*: the measured speed-up over "
+    "that. *Of its products*: the time of the pair's two products, each compiled and called by itself on an input at "
+    "hand, over the time of the compiled pair. Convolutions are 3 x 3 with padding unless said, their input "
+    "channels-last as inductor keeps it between convolutions; their rows are output positions. *Depthwise 1x1*: a "
+    "3 x 3 depthwise convolution and the 1 x 1 one behind it, which alone is factored; the depthwise one is in all "
+    "times and FLOPs, beside the first product. `layers.csv` has every figure with its spread."
 )
 
 Figures = tuple[Case, PairedTiming, float, float]
@@ -232,13 +229,13 @@ def measure(case: Case, seconds: float) -> tuple[PairedTiming, float, float]:
 
 
 def third_of_break_even(out_features: int, in_features: int) -> int:
-    """A third of the break-even rank, as a multiple of 8.
+    """A third of the break-even rank, as a multiple of 16, as plans for FLOPs or time have it.
 
     >>> third_of_break_even(1536, 384)
-    104
+    96
     """
     third = cost.break_even_rank(out_features, in_features) / 3
-    return max(1, round(third / MULTIPLE)) * MULTIPLE
+    return max(1, round(third / cost.FAST_STEP)) * cost.FAST_STEP
 
 
 def _linear(shape: Shape, dtype: torch.dtype) -> Case:

@@ -105,7 +105,7 @@ class Moments:
 class PairSum:
     """Collects :class:`Moments` from blocks of paired rows; the inputs' own are those of an exact sketch.
 
-    Products are taken in the rows' own dtype about the means of the first rows, so that a large mean costs no digits,
+    Products are taken in float32 at least, about the means of the first rows, so that a large mean costs no digits,
     and summed in float64. Few rows wait until there are ``GATHERED`` of them, because every sum passes over a matrix.
 
     Args:

@@ -182,14 +182,16 @@ class _Loop:
             for run in (original, changed):
                 _advance(run, self.walk.position[node.name])
             self.recorder.start(index, call.mask)
-            rows, places = inputs.observer.sampled(changed.values[self._node(tap.node)])
-            wanted = _laid_out(site, _wanted(node, original, changed))[places]
+            activation = changed.values[self._node(tap.node)]
+            places = inputs.observer.places(activation)
+            wanted = _laid_out(site, _wanted(node, original, changed))
             if fixed is not None and not site.centered:
                 wanted = wanted - fixed  # a bias that others share stays as it is, so it takes no part
-            for half, own in _halves(index, len(self.calls), len(rows)):
-                if not known:
-                    inputs.sketches[half].update(rows[own])
-                halves[half].add(rows[own], wanted[own])
+            for half, own in _halves(index, len(self.calls), len(places)):
+                for rows, block in inputs.observer.rows_at(activation, places[own]):
+                    if not known:
+                        inputs.sketches[half].update(rows)
+                    halves[half].add(rows, wanted[block])
         self.inputs = inputs
         factors = _solved(site, weight, fixed, halves, remake)
         if factors is not None:

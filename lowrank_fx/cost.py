@@ -88,10 +88,15 @@ def break_even_rank(out_features: int, in_features: int, groups: int = 1) -> flo
     return out_features * in_features / max(out_features + groups * in_features, 1)
 
 
+def stepped(out_features: int, in_features: int, groups: int = 1) -> bool:
+    """Whether the ranks on offer for a layer go in steps, as they do from a break-even rank of 64 on."""
+    return break_even_rank(out_features, in_features, groups) >= 64
+
+
 def candidate_ranks(out_features: int, in_features: int, multiple: int, groups: int = 1) -> tuple[int, ...]:
     """The ranks worth offering for a layer: all below break-even, in steps that hardware likes.
 
-    From a break-even rank of 64 on, only multiples of ``multiple`` (8 for 4-byte numbers, 16 for 2-byte numbers) are
+    Where they are :func:`stepped`, only multiples of ``multiple`` (8 for 4-byte numbers, 16 for 2-byte numbers) are
     offered: there a vector register or a matrix tile left part empty costs more than the ranks between are worth.
 
     >>> candidate_ranks(64, 64, 8)[-1]
@@ -100,7 +105,7 @@ def candidate_ranks(out_features: int, in_features: int, multiple: int, groups: 
     184
     """
     break_even = break_even_rank(out_features, in_features, groups)
-    step = multiple if break_even >= 64 else 1
+    step = multiple if stepped(out_features, in_features, groups) else 1
     return tuple(rank for rank in range(step, int(break_even) + 1, step) if rank < break_even)
 
 
@@ -125,5 +130,5 @@ def ranks_beyond(out_features: int, in_features: int, multiple: int) -> tuple[in
     (192, 376)
     """
     break_even = break_even_rank(out_features, in_features)
-    step = multiple if break_even >= 64 else 1
+    step = multiple if stepped(out_features, in_features) else 1
     return tuple(rank for rank in range(step, min(out_features, in_features), step) if rank >= break_even)

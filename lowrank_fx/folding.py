@@ -47,7 +47,7 @@ def choose_sites(sites: Mapping[str, Site], wanted: FoldedSites) -> dict[str, Si
     return {name: site for name, site in sites.items() if name in chosen}
 
 
-def folded_plan(plan: Plan, folded: Collection[str], refused: Mapping[str, str]) -> Plan:
+def folded_plan(plan: Plan, folded: Collection[str], refused: Mapping[str, str], already: Collection[str] = ()) -> Plan:
     """A plan that tells the costs of a model some of whose pairs were multiplied out.
 
     Form, rank and errors stay, since the weight is still the product of these factors.
@@ -56,9 +56,10 @@ def folded_plan(plan: Plan, folded: Collection[str], refused: Mapping[str, str])
         plan: what the model was made by.
         folded: names of the layers that were folded now.
         refused: layers that could not be folded, with the reasons.
+        already: names of those that were folded before.
     """
     totals, sites = plan.totals, []
-    left = {site.name for site in plan.sites if site.basis == SHARED and not _is_dense(site)} - set(folded)
+    left = {site.name for site in plan.sites if site.basis == SHARED} - {*folded, *already}
     for site in plan.sites:
         after = _after(site, plan, left) if site.basis == SHARED else {}
         if site.name in folded:
@@ -78,10 +79,6 @@ def folded_plan(plan: Plan, folded: Collection[str], refused: Mapping[str, str])
     notes = [f"{FOLDED}: {', '.join(names)}"] if names else []
     notes += [f"{name} stays factored: {reason}" for name, reason in refused.items()]
     return replace(plan, sites=tuple(sites), totals=totals, notes=(*plan.notes, *notes))
-
-
-def _is_dense(site: SitePlan) -> bool:
-    return site.params[1] == dense_params(site.out_features, site.in_features)
 
 
 def _after(site: SitePlan, plan: Plan, left: Collection[str]) -> dict[str, int]:

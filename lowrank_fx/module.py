@@ -138,7 +138,7 @@ class LowRankModule(Exporting, ProgramModule):
             refused = source.program.unfoldable(chosen)
             folded = {name: site for name, site in chosen.items() if name not in refused}
             program = source.program.fold(folded) if folded else source.program.copy()
-        plan = folded_plan(source.plan, folded, refused)
+        plan = folded_plan(source.plan, folded, refused, source.folded)
         done = tuple(name for name in source.sites if name in folded or name in source.folded)
         speeds = {name: speed for name, speed in source.speeds.items() if name not in done}
         made = Artifact(program, plan, source.sites, source.base, None, done, speeds=speeds)

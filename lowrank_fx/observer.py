@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lowrank_fx.errors import CalibrationError
 from lowrank_fx.exact_gram import BLOCK_ROWS
 from lowrank_fx.grouped_sketch import Sketch
-from lowrank_fx.patches import Patch
 from lowrank_fx.sites import Tap
 
 MIN_ROWS = 1024
@@ -89,7 +88,7 @@ class TapObserver(nn.Module):
     def forward(self, activation: Tensor) -> None:
         """Sketch a sample of the activation's rows."""
         try:
-            for rows in self._blocks(activation):
+            for rows, _ in self.rows_at(activation, self.places(activation)):
                 self.sketch.update(rows)
         except CalibrationError as error:
             raise CalibrationError(f"batch {self.recorder.index}: the input of {self.layers}: {error}") from error
@@ -103,29 +102,38 @@ class TapObserver(nn.Module):
         Returns:
             The rows ``[n, width]``, and int64 ``[n]``, ascending, on the activation's device.
         """
+        places = self.places(activation)
+        ((rows, _),) = self.rows_at(activation, places, max(len(places), 1))
+        return rows, places
+
+    def places(self, activation: Tensor) -> Tensor:
+        """The places of the rows that are sketched: int64 ``[n]``, ascending, on the activation's device."""
+        patch = self.tap.patch
+        if patch is not None:
+            total, space = patch.rows(activation), tuple(activation.shape[2:])
+            return self._chosen(total, space, None).to(activation.device)
+        places = self._lay_out(activation).shape[:-1]
+        return self._chosen(places.numel(), (), self._mask(places)).to(activation.device)
+
+    def rows_at(self, activation: Tensor, places: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows at some places; of patches, which are many times the activation, a block of ``most`` at a time.
+
+        Args:
+            activation: the tap's value.
+            places: from :meth:`places`, or a part of them.
+            most: patches in a block; ``BLOCK_ROWS`` by default.
+
+        Yields:
+            Rows ``[n, width]``, and their places, int64 ``[n]``.
+        """
         activation = _strided(activation)
         patch = self.tap.patch
         if patch is not None:
-            index = self._positions(activation, patch)
-            return patch.extract(activation, index), index
-        laid_out = self._lay_out(activation)
-        places = laid_out.shape[:-1]
-        index = self._chosen(places.numel(), (), self._mask(places)).to(activation.device)
-        rows = laid_out.reshape(-1, self.tap.width)
-        return (rows if index.numel() == rows.shape[0] else rows[index]), index
-
-    def _blocks(self, activation: Tensor) -> Iterator[Tensor]:
-        """The rows that are sketched; of patches, which are many times the activation, a block at a time."""
-        patch = self.tap.patch
-        if patch is None:
-            yield self.sampled(activation)[0]
-        else:
-            activation = _strided(activation)
-            yield from patch.blocks(activation, self._positions(activation, patch), BLOCK_ROWS)
-
-    def _positions(self, activation: Tensor, patch: Patch) -> Tensor:
-        """The places of the patches that are sketched: int64 ``[n]``, on the activation's device."""
-        return self._chosen(patch.rows(activation), tuple(activation.shape[2:]), None).to(activation.device)
+            most = most or BLOCK_ROWS
+            yield from zip(patch.blocks(activation, places, most), torch.split(places, most), strict=True)
+            return
+        rows = self._lay_out(activation).reshape(-1, self.tap.width)
+        yield (rows if places.numel() == rows.shape[0] else rows[places]), places
 
     def _chosen(self, total: int, space: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """The places that are kept of a batch's rows, of which the first batch's number and space are noted."""

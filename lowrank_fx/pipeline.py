@@ -75,10 +75,10 @@ def optimize(
             Or a :class:`~lowrank_fx.calibration.Calibration` of this model, as :func:`calibrate` returns it.
         target: ``Tolerance(error)``, ``Metric(fn, max_drop=drop)``, ``Keep(latency=share)``, ``Keep(params=share)`` or
             ``Keep(flops=share)``. The first three never return a slower model: with ``compile`` (for a share of the
-            time in any case) layers are timed, dense and factored, and one is factored only where that measured
-            faster; if the model as a whole is not faster for it, layers are folded back, else the original returns.
-            What they give depends on the clock of this machine. The last two obey their budget, and the report says
-            where it does not pay.
+            time and ``Metric(of="latency")`` in any case) layers are timed, dense and factored, and one is factored
+            only where that measured faster; if the model as a whole is not faster for it, layers are folded back, else
+            the original returns. What they give depends on the clock of this machine. The last two obey their budget,
+            and the report says where it does not pay.
         skip: patterns of layers to leave alone, such as ``"*.pooler.*"``.
         planner: ``"budget"`` (the default: measured effects, the best of several allocations), ``"energy"`` or
             ``"uniform"``.

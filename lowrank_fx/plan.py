@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -242,8 +243,11 @@ class Plan:
         fields = {name: value for name, value in data.items() if name != "version"}
         plan: Plan = _read(fields, cls, "plan", version == PLAN_VERSION)
         by_name = {site.name: site for site in plan.sites}
+        outputs: Counter[str] = Counter()
         for site in plan.sites:
-            _check_site(site)
+            outputs[site.shares or site.name] += site.out_features
+        for site in plan.sites:
+            _check_site(site, outputs[site.shares or site.name])
             if site.shares is not None:
                 _check_sharing(site, by_name.get(site.shares))
         return plan
@@ -293,17 +297,20 @@ def _has_default(entry: dataclasses.Field[Any]) -> bool:
     return entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
 
 
-def _check_site(site: SitePlan) -> None:
+def _check_site(site: SitePlan, outputs: int) -> None:
+    """That an entry makes sense by itself; layers with its first factor have so many ``outputs`` together."""
     if min(site.out_features, site.in_features) < 1 or min(*site.params, *site.flops) < 0:
         raise PlanError(f"site {site.name!r}: its sizes, weights or FLOPs are no counts")
     if site.form != DENSE and site.form not in FORMS:
         raise PlanError(f"site {site.name!r}: no form is called {site.form!r}; there are {[DENSE, *FORMS]}")
     # Between two convolutions that share the kernel's positions there may be more channels than outputs, and in a first
-    # factor that several layers share, more rows than one of them has outputs.
-    alone = site.form in ("lowrank", "channel") and site.basis != SHARED
-    limit = min(site.out_features, site.in_features) if alone else site.in_features
+    # factor that several layers share, as many rows as they have outputs together.
+    most = outputs if site.basis == SHARED else site.out_features
+    limit = min(most, site.in_features) if site.form in ("lowrank", "channel") else site.in_features
     if site.factored and not (site.rank is not None and 1 <= site.rank <= limit):
         raise PlanError(f"site {site.name!r}: rank {site.rank!r} is not between 1 and {limit}")
+    if site.basis == SHARED and site.form != "lowrank":
+        raise PlanError(f"site {site.name!r}: layers with the form {site.form!r} cannot have one first factor")
     if not site.factored and site.rank is not None:
         raise PlanError(f"site {site.name!r}: it stays dense, yet has the rank {site.rank}")
     if site.pivots is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -79,11 +80,23 @@ def refined_plan(
         plan = replace(plan, metric=seen)
         if not target.holds(seen.before, value):
             word = f"refinement took the metric to {value:g}, further than allowed, so it was undone"
-            undone = replace(said, best_step=0, after=said.before)
-            unrefined = chosen.into(session.program, clone=True)
-            return replace(plan, notes=(*plan.notes, word), refinement=undone), unrefined
-        plan = replace(plan, metric=replace(seen, after=value))
-    return _measured_again(session, plan, chosen.factored, program, done), program
+            return _undone(session, plan, chosen, word)
+    refined = _measured_again(session, plan, chosen.factored, program, done)
+    if not math.isfinite(refined.error):
+        word = "after refinement outputs were not finite on the held-out rows that report errors, so it was undone"
+        return _undone(session, plan, chosen, word)
+    if isinstance(target, Metric) and seen is not None:
+        refined = replace(refined, metric=replace(seen, after=seen.points[-1].value))
+    return refined, program
+
+
+def _undone(session: Session, plan: Plan, chosen: Made, word: str) -> tuple[Plan, Program]:
+    """The plan with its factors as they were, and why."""
+    said = plan.refinement
+    assert said is not None
+    refinement = replace(said, best_step=0, after=said.before)
+    unrefined = chosen.into(session.program, clone=True)
+    return replace(plan, notes=(*plan.notes, word), refinement=refinement), unrefined
 
 
 def _substituted(select: Sequence[CachedBatch]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What one calibration makes possible: a plan, and the factors for it, for any target, in seconds.
+"""What one calibration makes possible: a plan, and the factors for it, for any target, without reading data again.
 
 A session owns the captured model, the sketches' error curves and the measured effects. It
 shares the model's weights, which therefore have to stay as they are.
@@ -32,7 +32,7 @@ from lowrank_fx.offers import Offers
 from lowrank_fx.plan import MetricPoint, MetricSearch, Plan, SitePlan
 from lowrank_fx.planners import planner
 from lowrank_fx.planners.budget import Outcome, within_budget, within_tolerance
-from lowrank_fx.planners.marginal import around, neighbours
+from lowrank_fx.planners.marginal import around, largest, neighbours
 from lowrank_fx.planners.metric import within_drop
 from lowrank_fx.planners.problem import Allocator, Pick, Problem
 from lowrank_fx.program import Program
@@ -45,7 +45,7 @@ from lowrank_fx.targets import CostKind, Keep, Metric, Target, Tolerance, obeys_
 from lowrank_fx.unfactored import unfactored
 
 MARGINAL_FLOPS = 5.0e11
-"""Work allowed for measuring effects again around a plan; where the least rows cost more, it is left out."""
+"""Work allowed for measuring effects again around a plan: as many layers, at the least rows, as it pays for."""
 
 Taken: TypeAlias = tuple[tuple[str, tuple[str, int]], ...]
 """A choice that can be looked up."""
@@ -272,14 +272,19 @@ class Session:
         return joint_error(self.program, self.maker.factors(choice, final=False), self.calibration.select_batches)
 
     def marginal(self, pick: Pick) -> Mapping[str, Allocator] | None:
-        """The candidate by the effects that sites have around a pick; None where measuring them is too dear."""
+        """The candidate by the effects that sites have around a pick; None where measuring one alone is too dear.
+
+        Where measuring all is, those of the largest effects are measured.
+        """
         if not self.effort.around or "effect" not in planner(self.planner):
             return None
         tried = neighbours(self.problem, pick)
         chosen = self.problem.factored(pick)
         per_row = self.calibration.flops / max(self.calibration.effect_batches[0].call.batch_size, 1)
-        if not chosen or len(tried) * per_row / 2 * MIN_EFFECT_ROWS > MARGINAL_FLOPS:
+        most = int(MARGINAL_FLOPS / max(per_row / 2 * MIN_EFFECT_ROWS, 1.0))
+        if not chosen or most < 1:
             return None
+        tried = largest(self.problem, pick, tried, most)
         known = self.calibration.effect_batches[: self.effort.batches]
         batches = affordable(self.program, known, self.calibration.flops, len(tried), MARGINAL_FLOPS)
         options = {name: self.problem.options[name][index] for name, index in tried.items()}
@@ -319,10 +324,11 @@ class Session:
             for each in found.scored
         )
         plan, made, outcome = self._finish(target, target.of, found.outcome, held[found.outcome.pick])
-        if not made.factored and points:
+        if outcome is found.outcome and not made.factored and points:
             word = f"none of the {len(points)} plans that were scored keeps {target}, so the original came back"
             plan = replace(plan, notes=(*plan.notes, word))
-        return Planned(replace(plan, metric=MetricSearch(found.before, found.after, points)), made, outcome)
+        after = found.after if made.factored else found.before
+        return Planned(replace(plan, metric=MetricSearch(found.before, after, points)), made, outcome)
 
     def compiled_original(self, *, frozen: bool = False) -> Callable[..., Any]:
         """The user's model through ``torch.compile``, compiled once for all plans of this session.
@@ -457,7 +463,12 @@ class Session:
             )
         report_error = made.error(self.program, self.calibration.report_batches)
         if not math.isfinite(report_error):
-            raise TargetError(f"{target}: the plan's outputs are not finite on the held-out rows that report its error")
+            word = "the plan's outputs are not finite on the held-out rows that report its error"
+            if isinstance(target, Keep) or not factored:
+                raise TargetError(f"{target}: {word}")
+            dense = Outcome(apart.problem.dense, "dense", 0.0, outcome.candidates)
+            apart = replace(apart, notes=(*self.notes, f"{word}, so the original came back"))
+            return apart._finish(target, quantity, dense)
         plan = Plan(
             target=target,
             planner=self.planner,

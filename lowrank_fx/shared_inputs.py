@@ -198,8 +198,9 @@ def _join(
     options = [chosen[site.name] for site in sites]
     width, outputs = sites[0].in_features, sum(site.out_features for site in sites)
     rank = sum(option.params for option in options) // (width + outputs)
-    step = cost.FAST_STEP if fast else rank_step(sites[0].dtype)
-    rank = rank // step * step if rank >= 64 else rank
+    if any(cost.stepped(site.out_features, width) for site in sites):
+        step = cost.FAST_STEP if fast else rank_step(sites[0].dtype)
+        rank = rank // step * step
     lefts = tuple(_left(curves[site.name], option) for site, option in zip(sites, options, strict=True))
     if rank < 1 or any(left is None for left in lefts):
         return None

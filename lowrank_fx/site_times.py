@@ -18,7 +18,7 @@ from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import obeys_speed
 from lowrank_fx.timed_operators import Operator, Pair, Run, dense_run
 from lowrank_fx.timed_operators import runs as runs_of
-from lowrank_fx.timings import CONFIDENCE, LEAST_GAIN, SiteSpeed, Timings, survey_ranks
+from lowrank_fx.timings import LEAST_GAIN, SiteSpeed, Timings, survey_ranks
 
 SURVEYED, SURVEYED_OF_MANY = 4, 3
 """Ranks of each form that are timed; the second where a site has more than two forms."""
@@ -96,7 +96,7 @@ class SiteTimes:
         operators, pair = self._operators(site), pair_of(variant, rank)
         if operators and all(self.timings.is_measured(operator, pair) for operator in operators):
             found = self.measured(site, pair, sure=False)  # what a plan chooses is looked at more closely
-            return found is not None and found.speedup - CONFIDENCE * found.error > 1
+            return found is not None and found.faster
         return self.speedup(site, variant, rank) > 1 + LEAST_GAIN
 
     def measured(self, site: Site, pair: Pair, *, sure: bool = True) -> SiteSpeed | None:

@@ -5,9 +5,9 @@ ranks of every form, and :meth:`Timings.estimate` reads the ranks between them o
 :meth:`Timings.timing` measures the very rank that a plan has chosen. What was measured is kept on disk
 (``timing_cache.py``).
 
-Noise: ratios are medians over paired turns. A pair counts as faster by its lower end, two standard errors below the
-median, and a rank that was only interpolated has to be faster by ``LEAST_GAIN`` besides. Where a measurement leaves in
-doubt which of the two is faster, it is taken again with more rounds.
+Noise: ratios are medians over paired turns. A pair counts as faster by its lower end, two standard errors and at least
+``LEAST_EFFECT`` below the median, and a rank that was only interpolated has to be faster by ``LEAST_GAIN``. Where a
+measurement leaves in doubt which of the two is faster, it is taken again with more rounds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ DOUBT = 3.0
 
 LEAST_GAIN = 0.02
 """A rank that was not measured itself has to be interpolated faster by so much."""
+
+LEAST_EFFECT = 0.005
+"""A rank that was measured has to be faster by so much, however small the standard error: it knows no drift."""
 
 NOISY = 0.05
 """A measurement whose standard error is more than this share of it is in doubt too, and is not kept on disk."""
@@ -94,8 +97,8 @@ class SiteSpeed:
 
     @property
     def faster(self) -> bool:
-        """Whether it measured faster, by more than twice the standard error."""
-        return self.speedup - CONFIDENCE * self.error > 1
+        """Whether it measured faster, by more than twice the standard error and ``LEAST_EFFECT``."""
+        return self.speedup - max(CONFIDENCE * self.error, LEAST_EFFECT) > 1
 
     @property
     def of_ideal(self) -> float:

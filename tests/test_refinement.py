@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import lowrank_fx
 from lowrank_fx import Keep, LowRankModule, Metric, Refine, calibrate, optimize
 from lowrank_fx import module as module_room
+from lowrank_fx import refinement as refinement_room
 from lowrank_fx.cache import CachedBatch
 from lowrank_fx.compare import relative_error
 from lowrank_fx.errors import OptionError
@@ -134,6 +136,20 @@ def test_a_metric_that_refinement_breaks_undoes_it(
     assert made.plan.refinement.after == made.plan.refinement.before == pytest.approx(made.plan.select_error, rel=1e-6)
     assert any("further than allowed, so it was undone" in note for note in made.plan.notes)
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in named(made) if "norm" in name)
+
+
+def test_refinement_after_which_reported_outputs_overflow_is_undone(
+    model: Net, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = optimize(model, batches, target=Keep(params=0.45), **QUICK)
+    monkeypatch.setattr(refinement_room, "held_out_error", lambda *args: math.inf)
+    made = plain.replan(Keep(params=0.45), refine=FEW)
+    assert made.plan.refinement is not None
+    assert made.plan.refinement.best_step == 0
+    assert made.plan.error == plain.plan.error
+    assert any(note.startswith("after refinement outputs were not finite") for note in made.plan.notes)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), plain.parameters(), strict=True))
+    assert Plan.from_json(made.plan.to_json()) == made.plan
 
 
 def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_fx
-from lowrank_fx import Keep, LowRankModule, TargetError, Tolerance
+from lowrank_fx import Keep, LowRankModule, TargetError, Tolerance, effects
+from lowrank_fx import session as session_file
 from lowrank_fx.baseline import BASELINE
 from lowrank_fx.cache import CachedBatch
 from lowrank_fx.corrections import Made
@@ -236,6 +237,52 @@ def test_a_plan_whose_reported_outputs_overflow_is_refused(
         TargetError, match=r"Keep\(params=0.5\): the plan's outputs are not finite on the held-out rows"
     ):
         session.plan(Keep(params=0.5))
+
+
+@pytest.mark.parametrize("target", [Tolerance(0.3), lowrank_fx.Metric(lambda model: 1.0, max_drop=0.1)])
+def test_a_target_that_the_original_meets_gets_it_back_where_reported_outputs_overflow(
+    linear: LowRankModule, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, measured = session_of(linear), Made.error
+
+    def overflowing(self: Made, program: Program, batches: Sequence[CachedBatch]) -> float:
+        reported = bool(self.factored) and batches[0] is session.calibration.report_batches[0]
+        return math.inf if reported else measured(self, program, batches)
+
+    assert session.plan(target)[0].factored
+    monkeypatch.setattr(Made, "error", overflowing)
+    plan, made = session.plan(target)
+    assert not plan.factored
+    assert not made.factored
+    assert (plan.error, plan.select_error) == (0.0, 0.0)
+    assert plan.totals.model_params[0] == plan.totals.model_params[1]
+    (note,) = [note for note in plan.notes if "original came back" in note]
+    assert note.startswith("the plan's outputs are not finite on the held-out rows that report its error")
+    if plan.metric is not None:
+        assert plan.metric.after == plan.metric.before
+    lowrank_fx.Plan.from_json(plan.to_json())
+
+
+# ---- effects around a plan -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "measured"), [(0.5, 0), (1.5, 1), (2.5, 2), (100, 3)])
+def test_as_many_layers_are_measured_again_around_a_plan_as_the_work_allows(
+    linear: LowRankModule, layers: float, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, tried = session_of(linear), []
+    batch = session.calibration.effect_batches[0]
+    work = session.calibration.flops / batch.call.batch_size / 2 * effects.MIN_EFFECT_ROWS
+    monkeypatch.setattr(session_file, "MARGINAL_FLOPS", layers * work)
+
+    def counted(*args: Any) -> Any:
+        tried.append(len(args[3]))
+        return effects.measure_joint(*args)
+
+    monkeypatch.setattr(session_file, "measure_joint", counted)
+    plan, _ = session.plan(Keep(params=0.6))
+    assert tried == ([measured] if measured else [])
+    assert ("marginal" in dict(plan.candidates)) == (measured > 0)
 
 
 # ---- what cannot be reached ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lowrank_fx.capture import capture
 from lowrank_fx.curves import SiteCurves
 from lowrank_fx.double_sided import double_sided
 from lowrank_fx.errors import PlanError
+from lowrank_fx.folding import folded_plan
 from lowrank_fx.forms import FORMS
 from lowrank_fx.forms.output import OutputForm
 from lowrank_fx.graph_program import count_flops
@@ -161,6 +162,19 @@ def test_the_second_factor_is_the_least_squares_fit(size: int | None) -> None:
         assert factors.first == (None if site.name == "q" else "q.factor_in")
 
 
+@pytest.mark.parametrize(("fast", "rank"), [(False, 56), (True, 48)])
+def test_a_shared_rank_goes_in_the_steps_of_the_layers_own(fast: bool, rank: int) -> None:
+    """At 45 each, 256-wide layers pay for 60 together: a step of 8 below, or the 16 that runs fast."""
+    width = 256
+    model = nn.Module()
+    model.q, model.k = nn.Linear(width, width), nn.Linear(width, width)
+    model.k.weight.data = model.q.weight.data + 0.1 * model.k.weight.data
+    model.forward = lambda x: model.q(x) + model.k(x)
+    table, curves, chosen = problem_of(model.eval(), rows(600, width), {"q": 45, "k": 45})
+    (joint,) = joined(table, curves, chosen, fast=fast)
+    assert joint.rank == rank
+
+
 def test_layers_that_look_at_other_directions_stay_apart() -> None:
     x = rows(2000, WIDTH)
     table, curves, chosen = problem_of(made(alike=False), x, {"q": 6, "k": 6})
@@ -293,6 +307,18 @@ def test_saved_and_loaded_it_is_the_same(small: LowRankModule, tmp_path: Path) -
         torch.testing.assert_close(same(x), small(x))
 
 
+class Wide(nn.Module):
+    """Many inputs, few outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(x)
+        return made
+
+
 class Grouped(nn.Module):
     """Fewer keys than queries, as in grouped-query attention; the same directions matter to both."""
 
@@ -336,6 +362,21 @@ def test_folded_layers_pay_for_themselves(small: LowRankModule, names: list[str]
     rest = folded.fold(None)
     assert sum(value.numel() for value in rest.parameters()) == rest.plan.totals.model_params[1]
     assert rest.plan.totals.kept("params", "sites") == 1
+
+
+def test_a_layer_at_break_even_is_not_taken_for_a_folded_one(small: LowRankModule) -> None:
+    """A first factor and a second of rank 12 are as many numbers as a dense layer of 24 x 24."""
+    costs = {"q": WIDTH * WIDTH, "k": WIDTH * WIDTH // 2}
+    sites = tuple(
+        replace(site, rank=12, params=(WIDTH * WIDTH, costs[site.name])) if site.name in costs else site
+        for site in small.plan.sites
+    )
+    plan = replace(small.plan, sites=sites)
+    other = next(site.name for site in plan.factored if site.name not in costs)
+    after = {site.name: site.params[1] for site in folded_plan(plan, [other], {}).sites}
+    assert {name: after[name] for name in costs} == costs
+    after = {site.name: site.params[1] for site in folded_plan(plan, [other], {}, ["q"]).sites}
+    assert after["k"] == WIDTH * WIDTH  # q was folded before, so k holds the first factor now
 
 
 def test_refined_it_learns_one_first_factor(tmp_path: Path) -> None:
@@ -409,3 +450,14 @@ def test_a_plan_whose_sharing_makes_no_sense_is_refused(small: LowRankModule) ->
         Plan.from_json(changed(shares="x"))
     with pytest.raises(PlanError, match=r"site 'k': it cannot use the first factor of 'q', which is another"):
         Plan.from_json(changed(rank=1))
+    with pytest.raises(PlanError, match=r"site 'k': layers with the form 'dense' cannot have one first factor"):
+        Plan.from_json(changed(form="dense"))
+
+
+def test_a_first_factor_of_more_rows_than_its_layers_have_outputs_is_refused() -> None:
+    """Otherwise a file could ask for a matrix of the input's width squared."""
+    plan = optimized(Wide().eval(), target=Keep(params=0.5, of="sites")).plan
+    (site,) = plan.factored
+    hostile = replace(plan, sites=(replace(site, basis="shared", rank=WIDTH),))
+    with pytest.raises(PlanError, match=r"rank 24 is not between 1 and 4"):
+        Plan.from_json(hostile.to_json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import select
 import signal
 import stat
 import time
@@ -58,8 +59,10 @@ def killed(work: Callable[[], object], wait: Callable[[], object] | None = None)
         finally:
             os._exit(1)
     if wait is not None:
-        wait()
-        os.kill(child, signal.SIGKILL)
+        try:
+            wait()
+        finally:
+            os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the child ended by itself"
     assert os.WTERMSIG(status) == signal.SIGKILL
@@ -100,6 +103,7 @@ def test_fifty_saves_killed_at_random_points(tmp_path: Path) -> None:
             """Until the child has done ``saves`` saves, however slow the machine is, and is within a later one."""
             os.close(writer)  # the child's end alone is left: where the child ends, reading does
             for _ in range(saves):
+                assert select.select([reader], [], [], 60)[0], "the child saved nothing for a minute"
                 assert os.read(reader, 1), "the child ended by itself"
             time.sleep(each * rng.random())
 

@@ -207,6 +207,7 @@ def test_what_cannot_be_timed_is_told_and_not_tried_again(tmp_path: Path) -> Non
 def test_a_speed_counts_only_beyond_its_noise() -> None:
     assert SiteSpeed(1.05, 0.02, 2.1, 2.0, 1.5).faster
     assert not SiteSpeed(1.05, 0.03, 2.1, 2.0, 1.5).faster
+    assert not SiteSpeed(1.004, 0.0, 2.008, 2.0, 1.5).faster  # a small effect is none, however sure
     assert SiteSpeed(1.5, 0.0, 3.0, 2.0, 2.0).of_ideal == 0.75
 
 

@@ -8,12 +8,14 @@ leaves it dense, the cheapest to be considered. With E the measured joint errors
     s^2 = (E_plan^2 - E_neighbour^2) / (e_plan^2 - e_neighbour^2)
 
 is how much a change of this site really counts there. All of the site's effects are multiplied by s, within
-``LARGEST_SCALE``, and the budget is spent again. The proposal has to win on held-out data like every other.
+``LARGEST_SCALE``, and the budget is spent again. Where not all sites can be tried, those of the largest effects are,
+and the others' effects are multiplied by the median s. The proposal has to win on held-out data like every other.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -49,6 +51,16 @@ def neighbours(problem: Problem, pick: Pick) -> dict[str, int]:
     return found
 
 
+def largest(problem: Problem, pick: Pick, tried: Mapping[str, int], most: int) -> dict[str, int]:
+    """At most ``most`` of the sites to be tried: those whose effect, taken or tried, is largest, in the given order."""
+    if len(tried) <= most:
+        return dict(tried)
+    taken = problem.indices(pick)
+    effects = {name: max(problem.options[name][index].effect for index in (taken[name], tried[name])) for name in tried}
+    kept = set(sorted(effects, key=lambda name: (-effects[name], name))[:most])
+    return {name: index for name, index in tried.items() if name in kept}
+
+
 def around(
     problem: Problem, pick: Pick, tried: Mapping[str, int], error: float, errors: Mapping[str, float]
 ) -> Mapping[str, Allocator]:
@@ -69,11 +81,11 @@ def corrected(
     Args:
         problem: with effects of one site at a time.
         pick: the plan.
-        tried: from :func:`neighbours`.
+        tried: from :func:`neighbours`, all or the :func:`largest`.
         error: the measured joint error of the pick.
         errors: by site name, that with the neighbour instead.
     """
-    made = dict(problem.options)
+    scales: dict[str, float] = {}
     for name, taken in problem.indices(pick).items():
         if name not in errors:
             continue
@@ -83,5 +95,11 @@ def corrected(
         if not math.isfinite(found):  # an overflow says nothing about a share
             continue
         squared = min(max(found / expected, LARGEST_SCALE**-2), LARGEST_SCALE**2)
-        made[name] = tuple(replace(option, effect=option.effect * squared**0.5) for option in options)
-    return Problem(made)
+        scales[name] = squared**0.5
+    usual = statistics.median_low(scales.values()) if scales else 1.0
+    return Problem(
+        {
+            name: tuple(replace(option, effect=option.effect * scales.get(name, usual)) for option in options)
+            for name, options in problem.options.items()
+        }
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_fx.planners.marginal import LARGEST_SCALE, around, corrected, neighbours
+from lowrank_fx.planners.marginal import LARGEST_SCALE, around, corrected, largest, neighbours
 from lowrank_fx.planners.problem import Option, Problem
 
 
@@ -44,8 +44,24 @@ def test_effects_are_scaled_by_what_a_step_really_does() -> None:
         assert group[0].effect == 0.0
 
 
+def test_where_not_all_are_tried_the_largest_effects_are() -> None:
+    pick, tried = (1, 4, 0), {"a": 2, "b": 0, "c": 2}
+    assert largest(PROBLEM, pick, tried, 3) == tried
+    assert largest(PROBLEM, pick, tried, 1) == {"a": 2}
+    assert largest(PROBLEM, pick, tried, 2) == {"a": 2, "b": 0}  # b and c at .1: the first of equal ones
+
+
+def test_what_was_not_tried_counts_as_much_more_as_what_was_does_in_the_median() -> None:
+    # The step of a counts 2.25 times as much in squares.
+    found = corrected(PROBLEM, (1, 1, 0), {"a": 2}, 0.5**0.5, {"a": (0.5 - 0.07 * 2.25) ** 0.5})
+    scales = [found.options[name][1].effect / PROBLEM.options[name][1].effect for name in PROBLEM.options]
+    assert scales == pytest.approx([1.5, 1.5, 1.5])
+
+
 def test_the_budget_moves_to_where_it_counts() -> None:
     pick = around(PROBLEM, (1, 1, 1), {}, 1.0, {})["marginal"](PROBLEM, "params", 60)
-    moved = around(PROBLEM, (1, 1, 1), {"a": 2}, 1.0, {"a": 0.5})["marginal"](PROBLEM, "params", 60)
+    # Alone, the step of a or b is .16 - .09 = .07: that of b is what it was, that of a counts for more.
+    errors = {"a": 0.5, "b": (1 - 0.07) ** 0.5}
+    moved = around(PROBLEM, (1, 1, 1), {"a": 2, "b": 2}, 1.0, errors)["marginal"](PROBLEM, "params", 60)
     assert moved[0] > pick[0]
     assert PROBLEM.cost(moved, "params") <= 60
