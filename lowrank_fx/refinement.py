@@ -73,6 +73,7 @@ def refined_plan(
     if not done.best_step:
         word = "refinement lowered no held-out error, so the factors are those that the plan started with"
         return replace(plan, notes=(*plan.notes, word)), program
+    scored = seen
     if isinstance(target, Metric) and seen is not None:
         value = score(target, program.copy(), "the refined plan")
         point = MetricPoint(plan.totals.kept(target.recorded, "model"), done.best, value)
@@ -81,13 +82,12 @@ def refined_plan(
         if not target.holds(seen.before, value):
             word = f"refinement took the metric to {value:g}, further than allowed, so it was undone"
             return _undone(session, plan, chosen, word)
+        scored = replace(seen, after=value)
     refined = _measured_again(session, plan, chosen.factored, program, done)
     if not math.isfinite(refined.error):
         word = "after refinement outputs were not finite on the held-out rows that report errors, so it was undone"
         return _undone(session, plan, chosen, word)
-    if isinstance(target, Metric) and seen is not None:
-        refined = replace(refined, metric=replace(seen, after=seen.points[-1].value))
-    return refined, program
+    return replace(refined, metric=scored), program
 
 
 def _undone(session: Session, plan: Plan, chosen: Made, word: str) -> tuple[Plan, Program]:

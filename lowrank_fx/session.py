@@ -466,9 +466,9 @@ class Session:
             word = "the plan's outputs are not finite on the held-out rows that report its error"
             if isinstance(target, Keep) or not factored:
                 raise TargetError(f"{target}: {word}")
-            dense = Outcome(apart.problem.dense, "dense", 0.0, outcome.candidates)
+            original = Outcome(apart.problem.dense, "dense", 0.0, outcome.candidates)
             apart = replace(apart, notes=(*self.notes, f"{word}, so the original came back"))
-            return apart._finish(target, quantity, dense)
+            return apart._finish(target, quantity, original)
         plan = Plan(
             target=target,
             planner=self.planner,

@@ -162,15 +162,25 @@ def test_the_second_factor_is_the_least_squares_fit(size: int | None) -> None:
         assert factors.first == (None if site.name == "q" else "q.factor_in")
 
 
+class Alike(nn.Module):
+    """Two layers so wide that their ranks go in steps, and nearly the same."""
+
+    width = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(self.width, self.width), nn.Linear(self.width, self.width)
+        self.k.weight.data = self.q.weight.data + 0.1 * self.k.weight.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.q(x) + self.k(x)
+        return made
+
+
 @pytest.mark.parametrize(("fast", "rank"), [(False, 56), (True, 48)])
 def test_a_shared_rank_goes_in_the_steps_of_the_layers_own(fast: bool, rank: int) -> None:
     """At 45 each, 256-wide layers pay for 60 together: a step of 8 below, or the 16 that runs fast."""
-    width = 256
-    model = nn.Module()
-    model.q, model.k = nn.Linear(width, width), nn.Linear(width, width)
-    model.k.weight.data = model.q.weight.data + 0.1 * model.k.weight.data
-    model.forward = lambda x: model.q(x) + model.k(x)
-    table, curves, chosen = problem_of(model.eval(), rows(600, width), {"q": 45, "k": 45})
+    table, curves, chosen = problem_of(Alike().eval(), rows(600, Alike.width), {"q": 45, "k": 45})
     (joint,) = joined(table, curves, chosen, fast=fast)
     assert joint.rank == rank
 
