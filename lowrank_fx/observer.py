@@ -112,7 +112,9 @@ class TapObserver(nn.Module):
         if patch is not None:
             total, space = patch.rows(activation), tuple(activation.shape[2:])
             return self._chosen(total, space, None).to(activation.device)
-        places = self._lay_out(activation).shape[:-1]
+        shape = activation.shape
+        # That of the rows as they will lie; laying the groups out beside each other copies them, so once is enough.
+        places = shape[:-1] if self.tap.groups == 1 else shape[:-3] + shape[-2:-1]
         return self._chosen(places.numel(), (), self._mask(places)).to(activation.device)
 
     def rows_at(self, activation: Tensor, places: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
