@@ -3,13 +3,18 @@
 *A shared first factor*: sites that read one activation (q, k and v; gate and up) are factored as one stacked matrix,
 r (d + m_1 + m_2 + ...) numbers, instead of each by itself, sum of r_i (d + m_i). The product has it since
 (``shared_inputs.py``); accuracy.md has what it is worth there. *Re-gauge* (``gauge.py``): how fast a pair is without
-the r^2 numbers that change nothing; accuracy.md has what they buy. The page goes to results/ideas.md.
+the r^2 numbers that change nothing; accuracy.md has what they buy. *The inner rank of tucker2*: whether a choice of it
+would win. The page goes to results/ideas.md.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import common
 import torch
@@ -21,10 +26,11 @@ from lowrank_fx import cost
 from lowrank_fx._render import number, percent
 from lowrank_fx.double_sided import OutputMetric
 from lowrank_fx.effects import joint_error
-from lowrank_fx.forms import Factors
+from lowrank_fx.forms import FORMS, ErrorCurve, Factors, Form, forms_for, tucker
 from lowrank_fx.forms.output import group_spectrum
 from lowrank_fx.gauge import regauge
 from lowrank_fx.gradients import output_gradients
+from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.pipeline import calibrate, take
 from lowrank_fx.program import Factored
@@ -33,6 +39,8 @@ from lowrank_fx.sites import Site
 SHARES = (0.8, 0.67, 0.5)
 SHAPES = ((384, 384), (384, 1536), (768, 768), (768, 3072))
 ROWS = (1, 16, 128, 256, 2048)
+KEPT = (0.2, 0.35, 0.5, 0.7)
+RATIOS = (0.35, 0.5, 0.75, 1.0, 1.4)
 
 Block = Sequence[Site]
 """Sites that share a tap and a first factor."""
@@ -41,18 +49,22 @@ Block = Sequence[Site]
 def main() -> None:
     """Measure what there is data for, and write the page."""
     parser = common.option_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="sections to measure")
     options = parser.parse_args()
     data = common.data_dir(parser, options.data_dir)
     if data is None:
         return
-    lines = ["# Ideas and what they are worth", "", *common.machine(options.date), "", "## A shared first factor", ""]
-    lines += common.paragraph(SHARED)
+    page = options.out / "ideas.md"
+    kept = common.sections(page)
     with torch.no_grad():
-        for subject in (SUBJECTS[name](data) for name in ("minilm", "lm")):
-            bench = Bench(subject)
-            lines += ["", f"**{subject.title}**", "", *shared_table(bench)]
-        lines += ["", "## The re-gauge", "", *common.paragraph(GAUGE), "", *speed_table()]
-        common.publish(options.out, "ideas.md", lines)
+        for part in (part for part in PARTS if part in options.only):
+            title, measured = PARTS[part]
+            kept[title] = [*common.machine(options.date), "", *measured(data)]
+            lines = ["# Ideas and what they are worth"]
+            for title, _ in PARTS.values():
+                if title in kept:
+                    lines += ["", f"## {title}", "", *kept[title]]
+            common.publish(options.out, page.name, lines)
 
 
 SHARED = (
@@ -67,6 +79,15 @@ GAUGE = (
     "next to each other, as they nearly always can; *gathered*: they do not, so the inputs are gathered first. "
     "Decision: an option, not a default, since one row at a time is slower with it; windows are taken wherever "
     "rounding allows it, because they are faster from 16 rows on, and gathered inputs are not."
+)
+
+INNER = (
+    "`tucker2` has two ranks, and keeps a fixed share of the input's channels for what it keeps of the output's: "
+    f"{tucker.INNER_SHARE:g} times. Every layer that `tucker2` can stand for, at shares of its weights: how often that "
+    "ratio of ranks has the least error on the calibration rows of all forms, and how often any of "
+    f"{', '.join(f'{ratio:g}' for ratio in RATIOS)}; where any has, its error over that of the best form without a "
+    "choice of ratios. Decision: one ratio. Where layers keep a third of their weights or more, another form has less "
+    "error at any ratio; below that, a choice would lower a layer's own error by what the last column says."
 )
 
 
@@ -182,6 +203,14 @@ def shared_table(bench: Bench) -> list[str]:
     return common.table(header, [(name, *cells) for name, cells in rows.items()])
 
 
+def shared(data: Path) -> list[str]:
+    """What one first factor for several layers is worth, without anything else of the product."""
+    lines = common.paragraph(SHARED)
+    for subject in (SUBJECTS[name](data) for name in ("minilm", "lm")):
+        lines += ["", f"**{subject.title}**", "", *shared_table(Bench(subject))]
+    return lines
+
+
 # ---- the re-gauge ----------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +249,79 @@ def speed_table() -> list[str]:
                 rows.append((layer, percent(rank / (width + height)), how, name, *cells))
     header = ("layer", "numbers saved", "how", "version", *(f"{count} rows" for count in ROWS))
     return common.table(header, rows, left=1)
+
+
+def gauge(data: Path) -> list[str]:
+    """How fast re-gauged pairs are."""
+    return [*common.paragraph(GAUGE), "", *speed_table()]
+
+
+# ---- the inner rank of tucker2 ---------------------------------------------------------------------------------------
+
+
+def inner(data: Path) -> list[str]:
+    """Whether ``tucker2`` would do better with a choice of its second rank."""
+    rows = []
+    for subject in (SUBJECTS[name](data) for name in ("resnet20", "resnet56")):
+        calibration = calibrate(subject.model, subject.loader, progress=False)
+        program = take(subject.model, calibration.example)
+        table = program.find_sites()
+        layers = []
+        for site in table.sites:
+            sketch = calibration.sketch_of(table, site)
+            if sketch is not None and FORMS["tucker2"].applies(site):
+                layers.append(least_errors(site, program.weight(site), sketch))
+        for share in KEPT:
+            found = [layer[share] for layer in layers if share in layer]
+            now = [errors for errors in found if errors.fixed < errors.others]
+            any_ratio = [errors for errors in found if errors.free < errors.others]
+            gained = [errors.free / min(errors.fixed, errors.others) for errors in any_ratio]
+            ratio = f"{statistics.fmean(gained):.2f}" if gained else ""
+            rows.append((subject.title, percent(share), str(len(found)), str(len(now)), str(len(any_ratio)), ratio))
+    header = ("model", "weights kept", "layers", "best at its ratio", "best at any", "error over the best without")
+    return [*common.paragraph(INNER), "", *common.table(header, rows, left=1)]
+
+
+class Least(NamedTuple):
+    """A layer's least errors at one number of weights: of the other forms, at the fixed ratio of ranks, at any."""
+
+    others: float
+    fixed: float
+    free: float
+
+
+def least_errors(site: Site, weight: Tensor, sketch: Sketch) -> dict[float, Least]:
+    """A layer's least errors at each share of its weights at which ``tucker2`` and another form have a rank."""
+    forms = [form for form in forms_for(site, None) if form.ranks(site)]
+    curves = [(form, form.curve(site, weight, sketch)) for form in forms if form.name != "tucker2"]
+    others = [errors_of(form, site, curve) for form, curve in curves]
+    ratios = {}
+    for ratio in RATIOS:
+        with patch.object(tucker, "INNER_SHARE", ratio):
+            form = FORMS["tucker2"]
+            ratios[ratio] = errors_of(form, site, form.curve(site, weight, sketch))
+    found = {}
+    for share in KEPT:
+        taken = [errors[share] for errors in others if share in errors]
+        own = {ratio: errors[share] for ratio, errors in ratios.items() if share in errors}
+        if taken and tucker.INNER_SHARE in own:
+            found[share] = Least(min(taken), own[tucker.INNER_SHARE], min(own.values()))
+    return found
+
+
+def errors_of(form: Form, site: Site, curve: ErrorCurve) -> dict[float, float]:
+    """A form's error at the largest rank within each share of a layer's weights; none where there is none."""
+    weights = {rank: form.params(site, rank) for rank in curve.ranks}
+    most = {share: share * site.out_features * site.in_features for share in KEPT}
+    within = {share: [rank for rank in curve.ranks if weights[rank] <= most[share]] for share in KEPT}
+    return {share: curve.error(ranks[-1]) for share, ranks in within.items() if ranks}
+
+
+PARTS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
+    "shared": ("A shared first factor", shared),
+    "gauge": ("The re-gauge", gauge),
+    "inner": ("The inner rank of tucker2", inner),
+}
 
 
 if __name__ == "__main__":
