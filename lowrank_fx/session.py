@@ -26,6 +26,7 @@ from lowrank_fx.double_sided import split_variant, variant
 from lowrank_fx.effects import MIN_EFFECT_ROWS, affordable, joint_error, measure_effects, measure_joint
 from lowrank_fx.effort import EFFORTS, Effort
 from lowrank_fx.errors import TargetError
+from lowrank_fx.factor_cache import FactorCache
 from lowrank_fx.frozen import Frozen
 from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.offers import Offers
@@ -102,6 +103,7 @@ class Session:
     refines: bool = False
     _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
     _late: dict[tuple[str, str], EffectCurve] = field(default_factory=dict, repr=False)
+    _kept: FactorCache = field(default_factory=FactorCache, repr=False)
 
     @cached_property
     def problem(self) -> Problem:
@@ -157,7 +159,10 @@ class Session:
             TargetError: the target cannot be reached; the message names the smallest reachable value.
         """
         with settled(self.program.device):
-            return self._plan(target, share)
+            try:
+                return self._plan(target, share)
+            finally:
+                self._kept.clear()
 
     def _plan(self, target: Target, share: float | None) -> Planned:
         errors: dict[Taken, float] = {}
@@ -269,7 +274,8 @@ class Session:
 
     def _select_error(self, choice: Choice) -> float:
         """The error of a choice on the select half, with factors as candidates are compared."""
-        return joint_error(self.program, self.maker.factors(choice, final=False), self.calibration.select_batches)
+        factored = self.maker.compared(choice, self._kept)
+        return joint_error(self.program, factored, self.calibration.select_batches)
 
     def marginal(self, pick: Pick) -> Mapping[str, Allocator] | None:
         """The candidate by the effects that sites have around a pick; None where measuring one alone is too dear.
@@ -364,6 +370,7 @@ class Session:
         with settled(self.program.device):
             session, pick = self._offering(choice)
             error = session._select_error(choice)
+            self._kept.clear()
             plan, made, outcome = session._finish(target, quantity, replace(outcome, pick=pick, error=error))
             plan = replace(plan, sites=tuple(_reasoned(site, reasons) for site in plan.sites))
             if planned.plan.metric is not None and isinstance(target, Metric):

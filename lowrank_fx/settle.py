@@ -8,7 +8,7 @@ compared by. Pairs are re-gauged last, where that is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from lowrank_fx.closed_loop import Remake
 from lowrank_fx.corrections import CORRECTIONS, Chosen, Made, Settled, with_norms
 from lowrank_fx.curves import SiteCurves
 from lowrank_fx.double_sided import ObliqueCurve, split_variant
+from lowrank_fx.factor_cache import FactorCache
 from lowrank_fx.forms import FORMS, Factors, apply_blocks, relative
 from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.graph_program import GraphProgram
@@ -65,15 +66,35 @@ class Maker:
             final: as good as their forms make them; False for those whose errors are what the curves say, which is
                 what candidates are compared with.
         """
+        return self._made(choice, lambda name, form, rank: self._factors(name, form, rank, final=final))
+
+    def compared(self, choice: Choice, kept: FactorCache) -> Chosen:
+        """The factors that candidates are compared with, only to be read.
+
+        Args:
+            choice: variant and rank by site name.
+            kept: those of candidates before, and from now on those of this one.
+        """
+
+        def make(name: str, form: str, rank: int) -> Factors:
+            return kept.factors((name, form, rank), lambda: self._factors(name, form, rank, final=False))
+
+        return self._made(choice, make)
+
+    def _made(self, choice: Choice, make: Callable[[str, str, int], Factors]) -> Chosen:
         made: Chosen = {}
         for joint in self.joints:
             made.update(joint.factors(self.curves))
         for name, (form, rank) in choice.items():
             if name not in made:
-                curves = self.curves[name]
-                made[name] = curves.site, curves.factors(form, rank, final=final)
-                curves.rest()
+                made[name] = self.curves[name].site, make(name, form, rank)
         return {name: made[name] for name in choice}
+
+    def _factors(self, name: str, form: str, rank: int, *, final: bool) -> Factors:
+        curves = self.curves[name]
+        made = curves.factors(form, rank, final=final)
+        curves.rest()
+        return made
 
     def corrected(self, choice: Choice, how: str, factored: Chosen | None = None) -> Chosen:
         """The factors of a choice, corrected in one way.

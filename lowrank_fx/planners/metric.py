@@ -8,8 +8,8 @@ profile at which budget. Where guesses do not halve what is left, the middle is 
 the search end early or late, never on a plan that was not scored or did not hold.
 
 The proposals are the planner's allocators. Effects measured again around a plan, shared first factors and the plain
-baseline would each take a score of their own and do not compete here. Corrected factors belong to one pick, which is
-scored once, so there is nothing of them to cache; what factors are cut from stays in the curves.
+baseline would each take a score of their own and do not compete here. The factors that proposals are compared with are
+kept from one to the next (``factor_cache.py``); corrected ones belong to one pick, which is scored once.
 """
 
 from __future__ import annotations
