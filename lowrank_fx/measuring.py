@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lowrank_fx.capture import preserved, unwrap
-from lowrank_fx.cost import fast_ranks
+from lowrank_fx.frozen import Frozen
 from lowrank_fx.latency import paired_speedup
 from lowrank_fx.session import Session
 from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.timing_cache import TimingCache
-from lowrank_fx.timings import Timings
+from lowrank_fx.timings import CONFIDENCE, Timings
 
 
 def site_times(session: Session, *, compiled: bool) -> SiteTimes:
@@ -23,7 +23,7 @@ def site_times(session: Session, *, compiled: bool) -> SiteTimes:
         compiled: whether the result is going to be compiled.
     """
     offered: dict[str, dict[str, Sequence[int]]] = {
-        name: {form: fast_ranks(curve.ranks) for form, curve in entry.forms.items() if (name, form) in session.effects}
+        name: {form: curve.ranks for form, curve in entry.forms.items() if (name, form) in session.effects}
         for name, entry in session.curves.items()
     }
     timings = Timings(session.program.device, TimingCache())
@@ -56,6 +56,29 @@ def share_of_sites(session: Session, times: SiteTimes) -> float:
     run = session.compiled_original() if times.compiled else model
     with preserved(model), torch.no_grad():  # hooks of the user's must not see these runs
         return share_of_run(lambda: run(*call.args, **call.kwargs), times, session.program.device)
+
+
+def freezing(session: Session) -> tuple[bool, str]:
+    """Whether the user's model measured faster with its weights frozen, on the first calibration batch.
+
+    Args:
+        session: the calibrated model; ``torch.compile`` runs it.
+
+    Returns:
+        The answer, and a note that gives the measurement.
+    """
+    call = session.calibration.effect_batches[0].call.map(torch.clone)
+    model, plain, frozen = unwrap(session.model), session.compiled_original(), session.compiled_original(frozen=True)
+    with preserved(model), torch.no_grad():  # hooks of the user's must not see these runs
+        timing = paired_speedup(
+            lambda: plain(*call.args, **call.kwargs),
+            lambda: frozen(*call.args, **call.kwargs),
+            device=session.program.device,
+        )
+    if isinstance(frozen, Frozen) and frozen.refused is not None:
+        return False, f"weights are not frozen, because {frozen.refused}"
+    pays = timing.speedup - CONFIDENCE * timing.error > 1
+    return pays, f"weights are {'' if pays else 'not '}frozen: the original so measured {timing.speedup:.2f}x as fast"
 
 
 def refused_by_compile(session: Session, *, frozen: bool = False) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from lowrank_fx.fingerprint import base_weights
 from lowrank_fx.folding import FoldedSites, choose_sites, folded_plan
 from lowrank_fx.frozen import Frozen
 from lowrank_fx.latency import PairedTiming, paired_speedup
-from lowrank_fx.measuring import refused_by_compile, share_of_sites, site_times
+from lowrank_fx.measuring import freezing, refused_by_compile, share_of_sites, site_times
 from lowrank_fx.payoff import settle
 from lowrank_fx.plan import Plan
 from lowrank_fx.program import Program
@@ -190,7 +190,7 @@ def build(
     *,
     compile: bool,
     clone: bool,
-    frozen: bool = False,
+    frozen: bool | Literal["auto"] = False,
     refine: Refine | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> LowRankModule:
@@ -202,7 +202,8 @@ def build(
         base: an earlier artifact of the same session, whose checksums must still hold; None for the first.
         compile: whether the result is compiled, and measured against the compiled original.
         clone: whether the result owns the tensors that are not factored.
-        frozen: whether both are compiled with their weights as constants. Single layers are timed without.
+        frozen: whether both are compiled with their weights as constants; ``"auto"`` if the original measured faster
+            so. Single layers are timed without.
         refine: options of refinement, or None.
         checkpoint: a folder that keeps the state of refinement, or None.
     """
@@ -214,8 +215,12 @@ def build(
             f"{changed[0]!r} of the original model has changed since it was calibrated, so nothing that was measured "
             "holds for it; call optimize again"
         )
-    cause = refused_by_compile(session, frozen=frozen) if compile else None
+    cause = refused_by_compile(session, frozen=frozen is True) if compile else None
     compile = compile and cause is None
+    said: list[str] = []
+    if frozen == "auto":
+        frozen, word = freezing(session) if compile else (False, "")
+        said += [word] * bool(word)
     by_time = asks_for_time(target)
     times = site_times(session, compiled=compile) if compile or by_time else None
     last: list[tuple[Made, LowRankModule]] = []
@@ -223,7 +228,7 @@ def build(
     def make(plan: Plan, chosen: Made, program: Program) -> LowRankModule:
         sites = {name: site for name, (site, _) in chosen.factored.items()}
         made = Artifact(program, plan, sites, checksums)
-        return LowRankModule(made, session, compile=compile, frozen=frozen, clone=clone)
+        return LowRankModule(made, session, compile=compile, frozen=bool(frozen), clone=clone)
 
     def unrefined(plan: Plan, chosen: Made) -> LowRankModule:
         return make(plan, chosen, chosen.into(session.program, clone=clone))
@@ -246,7 +251,7 @@ def build(
     else:
         plan, chosen, _ = own.planned(target)
         speeds = times.speeds(plan) if times is not None else {}
-    said = list(times.notes) if times is not None else []
+    said += times.notes if times is not None else ()
     if cause is not None:
         said.append(f"it runs without torch.compile, which refuses this model: {cause}")
     plan = replace(plan, notes=(*said, *plan.notes))  # the reason why the original came back is the last one
@@ -276,17 +281,24 @@ def _freezing_noted(made: LowRankModule, session: Session) -> Plan:
     return replace(made.plan, notes=(*made.plan.notes, note))
 
 
-def check_frozen(frozen: object, *, compile: bool) -> bool:
-    """Return ``frozen`` if it goes with ``compile``.
+def check_frozen(frozen: object, *, compile: bool, measured: bool = False) -> None:
+    """Check that ``frozen`` has a legal value, and goes with ``compile``.
+
+    Args:
+        frozen: what the user gave.
+        compile: whether anything is compiled.
+        measured: whether ``"auto"`` is legal, since there is an original to be measured.
 
     Raises:
-        OptionError: it is no boolean, or nothing is compiled.
+        OptionError: it has not, or nothing is compiled.
     """
-    if not isinstance(frozen, bool):
-        raise OptionError(f"frozen={frozen!r}: give True or False")
+    if not isinstance(frozen, bool) and not (measured and isinstance(frozen, str) and frozen == "auto"):
+        legal = "give True, False or 'auto'" if measured else "give True or False"
+        raise OptionError(f"frozen={frozen!r}: {legal}")
     if frozen and not compile:
-        raise OptionError("frozen=True says how to compile, but compile=False; pass compile=True, or leave frozen out")
-    return frozen
+        raise OptionError(
+            f"frozen={frozen!r} says how to compile, but compile=False; pass compile=True, or leave frozen out"
+        )
 
 
 def check_refine(refine: object, *, clone: bool) -> Refine | None:

@@ -54,7 +54,7 @@ def optimize(
     forward_args: Callable[[Any], Any] | None = None,
     holdout: float = 0.2,
     compile: bool = True,
-    frozen: bool = False,
+    frozen: bool | Literal["auto"] = False,
     copy: bool = True,
     capture: Capture = "auto",
     sketch_size: int | None = None,
@@ -92,7 +92,8 @@ def optimize(
             with gradients enabled run the ordinary compiled model. Changed weights are seen by the next call, which
             compiles anew; only writes that torch does not count, as those through ``param.data``, cannot be seen (see
             :mod:`lowrank_fx.frozen`). The laid-out weights are held beside the model's own. Single layers are timed
-            unfrozen.
+            unfrozen. ``"auto"`` freezes both if the original measured faster so on the first calibration batch; a note
+            in the plan says what it measured.
         copy: the result owns all of its tensors; False shares those that are not factored with ``model``.
         capture: ``"export"`` takes the model as a graph, by ``torch.export``; ``"modules"`` as its tree of modules,
             whose own Python keeps running; ``"auto"`` as a graph, and as a tree where that is refused or would fix the
@@ -126,7 +127,7 @@ def optimize(
     """
     check_target(target)
     check_refine(refine, clone=copy)
-    check_frozen(frozen, compile=compile)
+    check_frozen(frozen, compile=compile, measured=True)
     find_planner(planner)
     limits = effort_of(effort)
     measure = measure_of(loss_fn)

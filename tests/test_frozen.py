@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import lowrank_fx
-from lowrank_fx import Keep, OptionError, frozen
+from lowrank_fx import Keep, OptionError, frozen, measuring
 from lowrank_fx.comparison import compare_models
 from lowrank_fx.frozen import Frozen
+from lowrank_fx.latency import PairedTiming
 from lowrank_fx.module import LowRankModule
 
 
@@ -408,6 +409,41 @@ def test_an_original_that_cannot_be_frozen_is_said() -> None:
     assert runner(made).refused is None
 
 
+@pytest.mark.parametrize("speedup", [1.2, 0.9])
+def test_weights_are_frozen_where_the_original_measured_faster_so(
+    speedup: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timing(plain: Callable[[], Tensor], frozen: Callable[[], Tensor], **_: object) -> PairedTiming:
+        close(plain(), frozen())
+        return PairedTiming(speedup, 1.0, 1 / speedup, 0.0, 9)
+
+    monkeypatch.setattr(measuring, "paired_speedup", timing)
+    made = lowrank_fx.optimize(perceptron(), batches(), target=Keep(params=0.6), frozen="auto", progress=False)
+    assert made.frozen == (speedup > 1)
+    word = "frozen" if made.frozen else "not frozen"
+    assert f"weights are {word}: the original so measured {speedup:.2f}x as fast" in made.plan.notes
+    close(made(batches()[0]), eager(made, batches()[0]))
+    assert made.replan(Keep(params=0.7)).frozen == made.frozen
+
+
+def test_an_original_that_cannot_be_frozen_is_not_by_itself() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = perceptron()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            made: Tensor = self.layers(x)
+            return made
+
+    options = {"target": Keep(params=0.6), "frozen": "auto", "capture": "modules", "progress": False}
+    made = lowrank_fx.optimize(Counts().eval(), batches(), **options)  # type: ignore[arg-type]
+    assert not made.frozen
+    assert any(note.startswith("weights are not frozen, because it writes to its own") for note in made.plan.notes)
+
+
 def test_a_comparison_compiles_both_alike(fast: LowRankModule) -> None:
     made = compare_models(perceptron(), fast, batches()[:1])
     assert made.frozen
@@ -418,7 +454,8 @@ def test_a_comparison_compiles_both_alike(fast: LowRankModule) -> None:
     ("options", "message"),
     [
         ({"frozen": True, "compile": False}, "pass compile=True, or leave frozen out"),
-        ({"frozen": 1}, "frozen=1: give True or False"),
+        ({"frozen": "auto", "compile": False}, "frozen='auto'"),
+        ({"frozen": 1}, "frozen=1: give True"),
     ],
 )
 def test_an_option_that_is_not_legal(options: dict[str, object], message: str, tmp_path: Path) -> None:
