@@ -18,7 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 FAST_STEP = 16
-"""Ranks between its multiples took up to a quarter longer than they cost (``benchmarks/results/speed_ideas.md``)."""
+"""Ranks between its multiples took up to a quarter longer than they cost (``benchmarks/results/speed_ideas.md``).
+
+Targets that obey a clock read the step off this machine's times (``fast_steps.py``).
+"""
 
 
 def dense_params(out_features: int, in_features: int) -> int:
@@ -109,15 +112,15 @@ def candidate_ranks(out_features: int, in_features: int, multiple: int, groups: 
     return tuple(rank for rank in range(step, int(break_even) + 1, step) if rank < break_even)
 
 
-def fast_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Those of the ranks on offer that are fast for what they cost: the multiples of ``FAST_STEP``.
+def fast_ranks(ranks: Sequence[int], step: int = FAST_STEP) -> tuple[int, ...]:
+    """Those of the ranks on offer that are fast for what they cost: the multiples of ``step``.
 
     Where all ranks are on offer, because the layer is small, all stay; where none of them is a multiple, the first.
 
     >>> fast_ranks((8, 16, 24, 32)), fast_ranks((1, 2, 3)), fast_ranks((8,))
     ((16, 32), (1, 2, 3), (8,))
     """
-    fast = tuple(rank for rank in ranks if ranks[0] == 1 or rank % FAST_STEP == 0)
+    fast = tuple(rank for rank in ranks if ranks[0] == 1 or rank % step == 0)
     return fast or tuple(ranks[:1])
 
 

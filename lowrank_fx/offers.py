@@ -59,7 +59,8 @@ class Offers:
             plain = FORMS[split_variant(form)[0]]
             regauged = self.regauge and plain.regauges(site)
             ranks = (*curve.ranks, *curve.beyond) if regauged else curve.ranks
-            for rank in cost.fast_ranks(ranks) if self.fast else ranks:
+            step = cost.FAST_STEP if times is None else times.step(site)
+            for rank in cost.fast_ranks(ranks, step) if self.fast else ranks:
                 error = curve.error(rank)
                 if regauged:
                     params = cost.regauged_params(site.out_features, site.in_features, rank)

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 from lowrank_fx.corrections import Made
 from lowrank_fx.errors import TargetError
-from lowrank_fx.forms import DENSE
+from lowrank_fx.forms import DENSE, SHARED
 from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.session import Planned, Session
@@ -96,13 +96,7 @@ def settle(session: Session, target: Target, time_of: TimeOf) -> Timed:
 
 def _share_of_sites(times: SiteTimes, session: Session, plan: Plan) -> float:
     """What is left of the sites' time, as they were timed one by one."""
-    kept = {site.name: site for site in plan.factored}
-    before = after = 0
-    for site in session.table.sites:
-        before += times.nanoseconds(site)
-        own = kept.get(site.name)
-        after += times.nanoseconds(site) if own is None else times.nanoseconds(site, own.form, own.rank or 0)
-    return after / max(before, 1)
+    return times.left(plan) / max(sum(map(times.nanoseconds, session.table.sites)), 1)
 
 
 def _within(target: Keep, timing: PairedTiming) -> bool:
@@ -133,7 +127,11 @@ def _chosen(session: Session, target: Target, share: float | None) -> Timed:
         session = session.again()
         planned = session.planned(target, share)
         speeds = times.speeds(planned.plan)
-    reasons = {site.name: _why(site, speeds) for site in planned.plan.factored if not _pays(site, speeds)}
+    reasons = _failing(planned.plan, speeds)
+    if reasons and planned.outcome.apart is not None:  # layers with one first factor stand or fall together
+        planned = session.without(planned, {})
+        speeds = times.speeds(planned.plan)
+        reasons = _failing(planned.plan, speeds)
     if reasons and _scored_out(planned.plan):
         planned = original(session, planned, NOT_SCORED)
     elif reasons:
@@ -157,16 +155,16 @@ def _affordable(session: Session, target: Keep, share: float | None, planned: Pl
     """Whether a plan still costs what it may, and pays, now that its own ranks were timed."""
     times, now = session.times, session.again()
     assert times is not None
-    chosen = session.problem.factored(planned.outcome.pick)
-    cost = 0
-    for site in session.table.sites:
-        if site.name not in chosen:
-            cost += times.nanoseconds(site)
-        elif times.pays(site, *chosen[site.name]):
-            cost += times.nanoseconds(site, *chosen[site.name])
-        else:
-            return False
-    return cost <= now.budget(target, share)
+    chosen = session.problem.factored((planned.outcome.apart or planned.outcome).pick)
+    shared = {site.name for site in planned.plan.factored if site.basis == SHARED}
+    sites = (site for site in session.table.sites if site.name in chosen and site.name not in shared)
+    paying = all(times.pays(site, *chosen[site.name]) for site in sites)
+    return paying and times.left(planned.plan) <= now.budget(target, share)
+
+
+def _failing(plan: Plan, speeds: Mapping[str, SiteSpeed]) -> dict[str, str]:
+    """Why the layers do not pay that do not, by name."""
+    return {site.name: _why(site, speeds) for site in plan.factored if not _pays(site, speeds)}
 
 
 def _pays(site: SitePlan, speeds: Mapping[str, SiteSpeed]) -> bool:

@@ -198,14 +198,14 @@ class Session:
     def sharing(self, pick: Pick) -> tuple[Session, Pick] | None:
         """A pick with one first factor for the layers that are predicted to do better with it; None where none are.
 
-        A clock measures pairs, and a re-gauged pair has no first factor to share, so both keep layers apart.
+        A re-gauged pair has no first factor to share, and its layers stay apart.
 
         Returns:
             The session in whose problem those layers have that option, and the pick there.
         """
-        if self.times is not None or self.regauge or type(self.program) is not GraphProgram:
+        if self.regauge or type(self.program) is not GraphProgram:
             return None
-        joints = joined(self.table, self.curves, self.problem.chosen(pick), fast=self.fast)
+        joints = joined(self.table, self.curves, self.problem.chosen(pick), fast=self.fast, times=self.times)
         if not joints:
             return None
         session = replace(self, joints=joints)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -39,13 +39,19 @@ from lowrank_fx.forms.base import rank_step, with_prior
 from lowrank_fx.forms.output import group_spectrum
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.planners.problem import Option
+from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.sketch import FrequentDirections
+from lowrank_fx.timed_operators import Pair
+from lowrank_fx.timings import LEAST_GAIN
 
 FORM = "lowrank"
 
 MOST_DIVIDED, WIDEST_DIVIDED = 4, 1024
 """Of up to so many layers with one input of at most such a width, every group is tried; else all of them together."""
+
+TIMED = 3
+"""Ranks of a group that are timed, where a clock is obeyed and larger ones take too long."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Joint:
         lefts: what each weight is multiplied by from the left to give its part of K: ``[m, q]``.
         stack: K for the weights that it was planned for: float64 ``[sum of q, d]``.
         basis: K's directions that are kept: float64 ``[sum of q, rank]``.
+        nanoseconds: that all of them take together; 0 where no clock is obeyed.
     """
 
     sites: tuple[Site, ...]
@@ -69,6 +76,7 @@ class Joint:
     lefts: tuple[Tensor, ...] = field(repr=False)
     stack: Tensor = field(repr=False)
     basis: Tensor = field(repr=False)
+    nanoseconds: int = 0
 
     @property
     def name(self) -> str:
@@ -82,7 +90,7 @@ class Joint:
 
     def options(self, calibration: Calibration) -> dict[str, Option]:
         """What each layer costs and does, by site name; the first one pays for the first factor."""
-        made = {}
+        made, whole = {}, self.sites[0].in_features + sum(site.out_features for site in self.sites)
         for place, site in enumerate(self.sites):
             rows, own = calibration.rows_of(site), site.out_features + (0 if place else site.in_features)
             made[site.name] = Option(
@@ -92,6 +100,7 @@ class Joint:
                 cost.dense_flops(own, self.rank, rows),
                 self.errors[place],
                 self.effects[place],
+                -(-self.nanoseconds * own // whole),
             )
         return made
 
@@ -136,7 +145,12 @@ class Joint:
 
 
 def joined(
-    table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option], *, fast: bool
+    table: SiteTable,
+    curves: Mapping[str, SiteCurves],
+    chosen: Mapping[str, Option],
+    *,
+    fast: bool,
+    times: SiteTimes | None = None,
 ) -> tuple[Joint, ...]:
     """The groups of layers that are better off with one first factor than apart, at no higher cost.
 
@@ -145,6 +159,7 @@ def joined(
         curves: error curves by site name.
         chosen: the options of a pick, by site name.
         fast: whether ranks are those that run fast for what they cost.
+        times: measured times of the sites, where a clock is obeyed: a group then has to take no longer either.
 
     Returns:
         At most one group per tap.
@@ -152,10 +167,19 @@ def joined(
     found = []
     for sites in _families(table, curves, chosen):
         groups = _groups(sites)
-        tried = [joint for joint in (_join(group, curves, chosen, fast) for group in groups) if joint is not None]
+        step = rank_step(sites[0].dtype)
+        if fast:
+            step = cost.FAST_STEP if times is None else times.step(sites[0])
+        tried = [joint for joint in (_join(group, curves, chosen, step) for group in groups) if joint is not None]
         best = max(tried, key=lambda joint: _gain(joint, chosen), default=None)
-        if best is not None and _gain(best, chosen) > 0:
-            found.append(best)
+        for _ in range(TIMED):
+            if best is None or _gain(best, chosen) <= 0:
+                break
+            timed = best if times is None else _timed(best, chosen, times)
+            if timed is not None:
+                found.append(timed)
+                break
+            best = _join(best.sites, curves, chosen, step, below=best.rank)
     return tuple(found)
 
 
@@ -192,14 +216,26 @@ def _gain(joint: Joint, chosen: Mapping[str, Option]) -> float:
 
 
 def _join(
-    sites: tuple[Site, ...], curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option], fast: bool
+    sites: tuple[Site, ...],
+    curves: Mapping[str, SiteCurves],
+    chosen: Mapping[str, Option],
+    step: int,
+    below: int | None = None,
 ) -> Joint | None:
-    """Layers with one first factor of the rank that costs no more than their pairs; None where there is none."""
+    """Layers with one first factor of the rank that costs no more than their pairs; None where there is none.
+
+    Args:
+        sites: the layers.
+        curves: error curves by site name.
+        chosen: the options of a pick, by site name.
+        step: of the ranks of wide layers.
+        below: a rank that it has to be below.
+    """
     options = [chosen[site.name] for site in sites]
     width, outputs = sites[0].in_features, sum(site.out_features for site in sites)
     rank = sum(option.params for option in options) // (width + outputs)
+    rank = rank if below is None else min(rank, below - 1)
     if any(cost.stepped(site.out_features, width) for site in sites):
-        step = cost.FAST_STEP if fast else rank_step(sites[0].dtype)
         rank = rank // step * step
     lefts = tuple(_left(curves[site.name], option) for site, option in zip(sites, options, strict=True))
     if rank < 1 or any(left is None for left in lefts):
@@ -218,6 +254,16 @@ def _join(
         errors.append(math.sqrt(left_over / whole) if whole > 0 else 0.0)
         start += left.shape[1]
     return Joint(sites, rank, tuple(effects), tuple(errors), kept, stack, basis[:, :rank])
+
+
+def _timed(joint: Joint, chosen: Mapping[str, Option], times: SiteTimes) -> Joint | None:
+    """A group with the time that it takes; None where it pays less than its layers apart, or cannot be timed."""
+    speed = times.together(joint.sites, Pair(FORM, joint.rank), sure=True)
+    apart = sum(chosen[site.name].nanoseconds for site in joint.sites)
+    # Layers with one first factor still have second ones of their own, which were timed as one.
+    if speed is None or not speed.faster or 1e9 * speed.seconds * (1 + LEAST_GAIN) > apart:
+        return None
+    return replace(joint, nanoseconds=round(1e9 * speed.seconds))
 
 
 def _left(curves: SiteCurves, option: Option) -> Tensor | None:

@@ -6,13 +6,17 @@ takes the time of all its calls. A site that came as a pair is compared with tha
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lowrank_fx import cost
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.double_sided import split_variant
+from lowrank_fx.fast_steps import fast_step, probe_ranks
 from lowrank_fx.forms import SHARED
+from lowrank_fx.forms.base import rank_step
 from lowrank_fx.plan import Plan, SitePlan
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.targets import obeys_speed
@@ -32,7 +36,7 @@ class SiteTimes:
         timings: the table.
         table: the model's sites.
         calibration: knows their rows.
-        offered: by site name and variant, the ranks on offer.
+        offered: by site name and variant, the ranks on offer, fast or not.
         compiled: whether the model is going to be compiled.
         progress: whether work over two seconds shows a progress bar.
         share_of_sites: how much of the original's time the dense sites take; only of a target that asks for time.
@@ -46,6 +50,7 @@ class SiteTimes:
     progress: bool
     share_of_sites: float = 1.0
     _calls: dict[str, list[Operator]] = field(default_factory=dict, repr=False)
+    _steps: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -53,9 +58,26 @@ class SiteTimes:
         return self.timings.notes
 
     def survey(self) -> None:
-        """Time a few ranks of every form of every site, largest sites first."""
+        """Time a few ranks of every form of every site, largest sites first, and some in a row of the largest."""
         by_worth = sorted(self.table.sites, key=lambda site: -sum(each.flops(None) for each in self._operators(site)))
-        self.timings.survey((each for site in by_worth for each in self._wanted(site)), self.progress)
+        probed: dict[tuple[str, str], list[tuple[Operator, Pair]]] = {}
+        for site in by_worth:
+            probes = self._probes(site)
+            if probes:
+                probed.setdefault((site.kind, site.dtype), probes)
+        wanted = itertools.chain(*probed.values(), (each for site in by_worth for each in self._wanted(site)))
+        self.timings.survey(wanted, self.progress)
+        for kind, probes in probed.items():
+            if all(self.timings.is_measured(*probe) for probe in probes):
+                times = {pair.rank: 1 / self.timings.estimate(operator, pair) for operator, pair in probes}
+                self._steps[kind] = fast_step(times, rank_step(kind[1]))
+
+    def step(self, site: Site) -> int:
+        """The step of the ranks that are fast for what they cost, as measured on the largest site of kind and dtype.
+
+        That of ``cost.FAST_STEP`` where none was surveyed, or none has enough ranks on offer.
+        """
+        return self._steps.get((site.kind, site.dtype), cost.FAST_STEP)
 
     def nanoseconds(self, site: Site, variant: str | None = None, rank: int = 0) -> int:
         """The time of a site's calls, by a variant at a rank or as it came; estimated where it was not measured."""
@@ -136,7 +158,7 @@ class SiteTimes:
         """The measured speed of every site that a plan factors, at the rank that it has there.
 
         Where nothing hangs on which is faster, what is in doubt is not measured again. Layers with one first factor
-        each have the speed of all of them together: that of one layer with the outputs of all.
+        each have the speed of all of them together.
         """
         found, sure = {}, obeys_speed(plan.target)
         sites = {site.name: site for site in self.table.sites}
@@ -150,17 +172,46 @@ class SiteTimes:
             if speed is not None:
                 found[entry.name] = speed
         for family in families.values():
-            together = self._together([sites[entry.name] for entry in family])
             assert family[0].rank is not None
-            speed = self._measured(together, None, Pair(family[0].form, family[0].rank), sure)
+            pair = Pair(family[0].form, family[0].rank)
+            speed = self.together([sites[entry.name] for entry in family], pair, sure=sure)
             if speed is not None:
                 found |= {entry.name: speed for entry in family}
         self.timings.flush()
         return found
 
+    def together(self, sites: Sequence[Site], pair: Pair, *, sure: bool = False) -> SiteSpeed | None:
+        """The measured speed of layers with one first factor: that of one layer with the outputs of all.
+
+        Args:
+            sites: the layers.
+            pair: what they become.
+            sure: measure it again where it is in doubt which is faster.
+        """
+        return self._measured(self._together(sites), None, pair, sure)
+
+    def left(self, plan: Plan) -> int:
+        """Nanoseconds that all sites take under a plan, as they were timed one by one."""
+        kept = {site.name: site for site in plan.factored}
+        families: dict[str, list[Site]] = {}
+        total = 0
+        for site in self.table.sites:
+            own = kept.get(site.name)
+            if own is None:
+                total += self.nanoseconds(site)
+            elif own.basis == SHARED:
+                families.setdefault(own.shares or own.name, []).append(site)
+            else:
+                total += self.nanoseconds(site, own.form, own.rank or 0)
+        for name, family in families.items():
+            speed = self.together(family, Pair(kept[name].form, kept[name].rank or 0))
+            total += sum(map(self.nanoseconds, family)) if speed is None else round(1e9 * speed.seconds)
+        return total
+
     def best(self, site: Site) -> tuple[float, str, int] | None:
         """The largest estimated speed-up of a site with its variant and rank; None where nothing is on offer."""
-        tried = [(form, rank) for form, ranks in self.offered.get(site.name, {}).items() for rank in ranks]
+        step, offered = self.step(site), self.offered.get(site.name, {})
+        tried = [(form, rank) for form, ranks in offered.items() for rank in cost.fast_ranks(ranks, step)]
         return max(((self.speedup(site, form, rank), form, rank) for form, rank in tried), default=None)
 
     def _wanted(self, site: Site) -> Iterator[tuple[Operator, Pair]]:
@@ -173,8 +224,15 @@ class SiteTimes:
             if site.pair is not None and ranks:
                 yield operator, Pair(*site.pair)
             for form, own in ranks.items():
-                for rank in survey_ranks(own, count):
+                for rank in survey_ranks(cost.fast_ranks(own), count):
                     yield operator, Pair(form, rank)
+
+    def _probes(self, site: Site) -> list[tuple[Operator, Pair]]:
+        """Ranks in a row of a site's first call and first form, by which to tell which are fast; maybe none."""
+        for variant, own in self.offered.get(site.name, {}).items():
+            for operator in self._operators(site)[:1]:
+                return [(operator, pair_of(variant, rank)) for rank in probe_ranks(own)]
+        return []
 
     def _together(self, sites: Sequence[Site]) -> list[Operator]:
         """Layers with one input as one layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank_fx
-from lowrank_fx import Keep, Metric, TargetError, Tolerance, storage, timed_operators
+from lowrank_fx import Keep, Metric, TargetError, Tolerance, cost, storage, timed_operators
 from lowrank_fx import module as module_file
 from lowrank_fx.latency import PairedTiming
+from lowrank_fx.measuring import site_times
 from lowrank_fx.module import LowRankModule
 from lowrank_fx.payoff import NONE_PAYS, NONE_TIMED_FASTER, SLOWER
 from lowrank_fx.plan import Plan
 from lowrank_fx.timed_operators import Operator, Pair
-from lowrank_fx.timings import USUAL_SECONDS, survey_ranks
+from lowrank_fx.timings import USUAL_SECONDS, Timings, survey_ranks
 
 SHARE = 0.75
 """How much of the original's time its sites take."""
@@ -418,8 +420,8 @@ class Shared(nn.Module):
 
 
 def test_layers_that_share_a_first_factor_are_timed_together(table: Table) -> None:
-    batches = [torch.randn(64, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
-    made = lowrank_fx.optimize(Shared().eval(), batches, target=Keep(params=0.3, of="sites"), progress=False)
+    target = Keep(params=0.3, of="sites")
+    made = lowrank_fx.optimize(Shared().eval(), shared_batches(), target=target, progress=False)
     shared = {site.name: site for site in made.plan.factored if site.basis == "shared"}
     assert set(shared) == {"query", "key"}
     rank = shared["query"].rank
@@ -427,6 +429,85 @@ def test_layers_that_share_a_first_factor_are_timed_together(table: Table) -> No
     assert ((80, 32), rank) in table.asked
     assert made.artifact.speeds["query"] == made.artifact.speeds["key"]
     assert made.artifact.speeds["query"].flop_ratio == pytest.approx(32 * 80 / (rank * (32 + 80)))
+
+
+def shared_batches() -> list[Tensor]:
+    return [torch.randn(64, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+
+
+@pytest.mark.parametrize("target", [Keep(latency=0.35, of="sites"), Tolerance(0.2)])
+@pytest.mark.parametrize("slowdown", [1.0, 0.6])
+def test_under_a_clock_layers_share_a_first_factor_where_that_takes_no_longer(
+    table: Table, target: Keep | Tolerance, slowdown: float
+) -> None:
+    def speed(operator: Operator, pair: Pair) -> float:
+        return flop_ratio(operator, pair) * (slowdown if size_of(operator) == (80, 32) else 1.0)
+
+    table.speed = speed
+    made = lowrank_fx.optimize(Shared().eval(), shared_batches(), target=target, progress=False)
+    shared = {site.name: site for site in made.plan.factored if site.basis == "shared"}
+    assert set(shared) == ({"query", "key"} if slowdown == 1 else set())
+    names = dict(made.named_parameters())
+    assert ("key.factor_in" in names) == (slowdown != 1)
+    if shared:
+        rank = shared["query"].rank
+        assert rank is not None
+        assert ((80, 32), rank) in table.asked
+        assert made.artifact.speeds["query"] == made.artifact.speeds["key"]
+    if isinstance(target, Keep):
+        (said,) = (note for note in made.plan.notes if "of the time they took" in note)
+        (taken,) = re.findall(r"take ([\d.]+)%", said)
+        assert 20 < float(taken) <= 35
+
+
+def test_layers_that_share_and_do_not_pay_together_may_pay_apart(table: Table) -> None:
+    """The pair of all outputs is fast when it is planned, and slow at the second look."""
+    asked = 0
+
+    def speed(operator: Operator, pair: Pair) -> float:
+        nonlocal asked
+        if size_of(operator) == (80, 32):
+            asked += 1
+            return 0.9 if asked > 1 else 2.0 * flop_ratio(operator, pair)
+        return flop_ratio(operator, pair)
+
+    table.speed = speed
+    model = Shared().eval()
+    with pytest.MonkeyPatch.context() as patch:  # nothing is remembered of the first look
+        patch.setattr(Timings, "_known", lambda self, operator, pair: None)
+        made = lowrank_fx.optimize(model, shared_batches(), target=Tolerance(0.2), progress=False)
+    assert asked > 1
+    assert {site.name for site in made.plan.factored} >= {"query", "key"}
+    assert all(site.shares is None for site in made.plan.factored)
+    assert made.plan.select_error <= 0.2
+
+
+@pytest.mark.parametrize("tile", [8, 16, 32])
+def test_a_clock_reads_the_step_of_fast_ranks_off_the_table(table: Table, tile: int) -> None:
+    """A kernel of tiles takes as long for a part of one as for all of it."""
+
+    def speed(operator: Operator, pair: Pair) -> float:
+        return flop_ratio(operator, replace(pair, rank=-(-pair.rank // tile) * tile))
+
+    table.speed = speed
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256))
+    batches = [torch.randn(64, 256) @ torch.diag(0.97 ** torch.arange(256)) for _ in range(5)]
+    made = lowrank_fx.optimize(model.eval(), batches, target=Keep(latency=0.75), progress=False)
+    ranks = [site.rank for site in made.plan.factored]
+    assert ranks
+    assert all(rank is not None and rank % tile == 0 for rank in ranks)
+    session = made.session
+    assert session is not None
+    times = site_times(session, compiled=True)
+    assert {times.step(site) for site in session.table.sites} == {cost.FAST_STEP}  # as long as nothing was timed
+    times.survey()
+    assert {times.step(site) for site in session.table.sites} == {tile}
+    offers = session.aimed(Tolerance(0.1), times).offers
+    offered = {option.rank for site in session.table.sites for option in offers.options(site)} - {None}
+    assert offered == set(range(tile, 128, tile))
+    plain = session.plan(Keep(flops=0.75))[0]  # which obeys no clock
+    assert all(site.rank is not None and site.rank % cost.FAST_STEP == 0 for site in plain.factored)
 
 
 def test_the_report_puts_speed_beside_flops_and_names_what_does_not_pay(
