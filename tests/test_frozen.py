@@ -428,6 +428,8 @@ def test_weights_are_frozen_where_the_original_measured_faster_so(
 
 def test_an_original_that_cannot_be_frozen_is_not_by_itself() -> None:
     class Counts(nn.Module):
+        calls: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.layers = perceptron()
