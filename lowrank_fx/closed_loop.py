@@ -19,7 +19,7 @@ for the inputs that it has now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -98,6 +98,16 @@ def closed_loop(
                 fitted[site.name] = (site, found)
             bar.advance(note=site.name)
     return fitted
+
+
+def too_wide(table: SiteTable, sites: Iterable[Site]) -> list[str]:
+    """Names of the sites that keep their factors because their rows are longer than ``MAX_WIDTH``.
+
+    Args:
+        table: the sites and taps.
+        sites: the factored ones.
+    """
+    return [site.name for site in sites if not _narrow(table, site)]
 
 
 def affordable(walk: Walk, sites: Sequence[Site], calls: Sequence[Call], memory: int | None = None) -> list[Call]:

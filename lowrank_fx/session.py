@@ -38,8 +38,9 @@ from lowrank_fx.planners.metric import within_drop
 from lowrank_fx.planners.problem import Allocator, Pick, Problem
 from lowrank_fx.program import Program
 from lowrank_fx.scored import score
-from lowrank_fx.settle import Choice, Maker, gauge_notes
-from lowrank_fx.shared_inputs import Joint, joined, sharing_notes
+from lowrank_fx.settle import Choice, Maker, gauge_notes, loop_notes
+from lowrank_fx.shared_groups import joined
+from lowrank_fx.shared_inputs import Joint, sharing_notes
 from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.targets import CostKind, Keep, Metric, Target, Tolerance, obeys_speed
@@ -476,6 +477,9 @@ class Session:
             original = Outcome(apart.problem.dense, "dense", 0.0, outcome.candidates)
             apart = replace(apart, notes=(*self.notes, f"{word}, so the original came back"))
             return apart._finish(target, quantity, original)
+        notes = (*self.notes, *(gauge_notes(factored) if self.regauge else ()), *sharing_notes(self.joints))
+        if "closed loop" in settled.how:
+            notes += loop_notes(self.table, factored)
         plan = Plan(
             target=target,
             planner=self.planner,
@@ -484,7 +488,7 @@ class Session:
             sites=tuple(sites),
             left_alone=self.table.left_alone,
             cleanup=self.program.cleanup,
-            notes=(*self.notes, *(gauge_notes(factored) if self.regauge else ()), *sharing_notes(self.joints)),
+            notes=notes,
             totals=self.account.totals(outcome.pick),
             predicted_error=self.problem.effect(outcome.pick),
             select_error=settled.error,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_fx._ambient import seeded
 from lowrank_fx.calibration import Calibration
-from lowrank_fx.closed_loop import Remake
+from lowrank_fx.closed_loop import MAX_WIDTH, Remake, too_wide
 from lowrank_fx.corrections import CORRECTIONS, Chosen, Made, Settled, with_norms
 from lowrank_fx.curves import SiteCurves
 from lowrank_fx.double_sided import ObliqueCurve, split_variant
@@ -28,6 +28,7 @@ from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.program import Program
 from lowrank_fx.shared_inputs import Joint
 from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.unfactored import listed
 
 Choice: TypeAlias = Mapping[str, tuple[str, int]]
 """Variant and rank of every factored site, by site name."""
@@ -209,6 +210,14 @@ class Maker:
             return SiteCurves(site, weight, sketch, {form: curve}).factors(form, rank)
 
         return remake
+
+
+def loop_notes(table: SiteTable, factored: Chosen) -> tuple[str, ...]:
+    """What a user should know of a plan whose factors the closed loop fitted."""
+    wide = too_wide(table, (site for site, _ in factored.values()))
+    if not wide:
+        return ()
+    return (f"the closed loop left factors as they were whose inputs are wider than {MAX_WIDTH:,}: {listed(wide)}",)
 
 
 def gauge_notes(factored: Chosen) -> tuple[str, ...]:

@@ -32,8 +32,9 @@ def unfactored(
     for entry in table.left_alone:
         reasons.setdefault(entry.reason, []).append(entry.name)
     told = sorted(reasons.items(), key=lambda item: -len(item[1]))[:MOST_REASONS]
-    return [f"{_listed(names)}: {reason}" for reason, names in told]
+    return [f"{listed(names)}: {reason}" for reason, names in told]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in words; of many the first."""
     return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")

@@ -15,7 +15,7 @@ from lowrank_fx.cache import CachedBatch
 from lowrank_fx.calibration import blank
 from lowrank_fx.calibration_run import run_calibration
 from lowrank_fx.capture import capture
-from lowrank_fx.closed_loop import affordable, closed_loop, live_bytes
+from lowrank_fx.closed_loop import MAX_WIDTH, affordable, closed_loop, live_bytes
 from lowrank_fx.curves import SiteCurves, error_curves
 from lowrank_fx.effects import joint_error
 from lowrank_fx.forms import FORMS, Factors
@@ -327,3 +327,20 @@ def test_the_select_half_decides_between_the_corrections() -> None:
     plain = plan.candidate.partition(",")[0]
     assert {plain, f"{plain}, refitted", f"{plain}, closed loop"} <= set(errors)
     assert plan.select_error == errors[plan.candidate] == min(errors.values())
+
+
+def test_a_plan_says_whose_rows_are_too_wide_to_be_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 64), nn.Linear(64, 40), nn.Linear(40, 24)).eval()
+    batches = [torch.randn(32, 24) @ torch.diag(0.8 ** torch.arange(24)) for _ in range(6)]
+    options = {"target": lowrank_fx.Keep(params=0.4), "compile": False, "progress": False}
+
+    def said() -> list[str]:
+        plan = lowrank_fx.optimize(layers, batches, **options).plan  # type: ignore[arg-type]
+        assert "closed loop" in plan.candidate
+        assert "1" in {site.name for site in plan.factored}
+        return [note for note in plan.notes if "closed loop" in note]
+
+    assert said() == []
+    monkeypatch.setattr(module, "MAX_WIDTH", 63)
+    assert said() == [f"the closed loop left factors as they were whose inputs are wider than {MAX_WIDTH:,}: 1"]
