@@ -21,10 +21,9 @@ which does not depend on the metric. Held-out rows decide between the plan with 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -33,25 +32,16 @@ from torch import Tensor
 from lowrank_fx import cost
 from lowrank_fx.calibration import Calibration
 from lowrank_fx.curves import SiteCurves
-from lowrank_fx.double_sided import ObliqueCurve, split_variant, variant
+from lowrank_fx.double_sided import ObliqueCurve, variant
 from lowrank_fx.forms import SHARED, Factors
-from lowrank_fx.forms.base import rank_step, with_prior
+from lowrank_fx.forms.base import with_prior
 from lowrank_fx.forms.output import group_spectrum
 from lowrank_fx.grouped_sketch import Sketch
 from lowrank_fx.planners.problem import Option
-from lowrank_fx.site_times import SiteTimes
-from lowrank_fx.sites import Site, SiteTable
+from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
-from lowrank_fx.timed_operators import Pair
-from lowrank_fx.timings import LEAST_GAIN
 
 FORM = "lowrank"
-
-MOST_DIVIDED, WIDEST_DIVIDED = 4, 1024
-"""Of up to so many layers with one input of at most such a width, every group is tried; else all of them together."""
-
-TIMED = 3
-"""Ranks of a group that are timed, where a clock is obeyed and larger ones take too long."""
 
 
 @dataclass(frozen=True)
@@ -144,45 +134,6 @@ class Joint:
         return made
 
 
-def joined(
-    table: SiteTable,
-    curves: Mapping[str, SiteCurves],
-    chosen: Mapping[str, Option],
-    *,
-    fast: bool,
-    times: SiteTimes | None = None,
-) -> tuple[Joint, ...]:
-    """The groups of layers that are better off with one first factor than apart, at no higher cost.
-
-    Args:
-        table: the sites and taps.
-        curves: error curves by site name.
-        chosen: the options of a pick, by site name.
-        fast: whether ranks are those that run fast for what they cost.
-        times: measured times of the sites, where a clock is obeyed: a group then has to take no longer either.
-
-    Returns:
-        At most one group per tap.
-    """
-    found = []
-    for sites in _families(table, curves, chosen):
-        groups = _groups(sites)
-        step = rank_step(sites[0].dtype)
-        if fast:
-            step = cost.FAST_STEP if times is None else times.step(sites[0])
-        tried = [joint for joint in (_join(group, curves, chosen, step) for group in groups) if joint is not None]
-        best = max(tried, key=lambda joint: _gain(joint, chosen), default=None)
-        for _ in range(TIMED):
-            if best is None or _gain(best, chosen) <= 0:
-                break
-            timed = best if times is None else _timed(best, chosen, times)
-            if timed is not None:
-                found.append(timed)
-                break
-            best = _join(best.sites, curves, chosen, step, below=best.rank)
-    return tuple(found)
-
-
 def sharing_notes(joints: Sequence[Joint]) -> tuple[str, ...]:
     """What the user should know of a plan with such groups."""
     if not joints:
@@ -191,31 +142,7 @@ def sharing_notes(joints: Sequence[Joint]) -> tuple[str, ...]:
     return (f"layers with one input have one first factor, which is less error at the same cost: {groups}",)
 
 
-def _families(table: SiteTable, curves: Mapping[str, SiteCurves], chosen: Mapping[str, Option]) -> Iterator[list[Site]]:
-    """The factored linear layers of each tap that only differ in their weights; two at least."""
-    families: dict[tuple[str, bool, str], list[Site]] = {}
-    for site in table.sites:
-        option = chosen.get(site.name)
-        if option is None or option.rank is None or split_variant(option.form)[0] != FORM or site.name not in curves:
-            continue
-        if site.kind == "linear" and len(site.calls) == 1 and not site.tied and site.pair is None:
-            families.setdefault((site.calls[0].tap, site.centered, site.dtype), []).append(site)
-    return (family for family in families.values() if len(family) > 1)
-
-
-def _groups(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
-    if len(sites) > MOST_DIVIDED or sites[0].in_features > WIDEST_DIVIDED:
-        return [tuple(sites)]
-    return [group for size in range(2, len(sites) + 1) for group in itertools.combinations(sites, size)]
-
-
-def _gain(joint: Joint, chosen: Mapping[str, Option]) -> float:
-    """How much less the squared effects come to."""
-    apart = math.fsum(chosen[site.name].effect ** 2 for site in joint.sites)
-    return apart - math.fsum(effect**2 for effect in joint.effects)
-
-
-def _join(
+def join(
     sites: tuple[Site, ...],
     curves: Mapping[str, SiteCurves],
     chosen: Mapping[str, Option],
@@ -231,20 +158,15 @@ def _join(
         step: of the ranks of wide layers.
         below: a rank that it has to be below.
     """
-    options = [chosen[site.name] for site in sites]
-    width, outputs = sites[0].in_features, sum(site.out_features for site in sites)
-    rank = sum(option.params for option in options) // (width + outputs)
-    rank = rank if below is None else min(rank, below - 1)
-    if any(cost.stepped(site.out_features, width) for site in sites):
-        rank = rank // step * step
-    lefts = tuple(_left(curves[site.name], option) for site, option in zip(sites, options, strict=True))
+    rank = shared_rank(sites, chosen, step, below)
+    lefts = tuple(left_of(curves[site.name], chosen[site.name]) for site in sites)
     if rank < 1 or any(left is None for left in lefts):
         return None
     kept = tuple(left for left in lefts if left is not None)
     stack = _stacked(sites, kept, {site.name: curves[site.name].weight for site in sites})
     sketch = curves[sites[0].name].sketch
     basis, energies = group_spectrum(stack, sketch.parts[0], sites[0].centered, rank)
-    if rank > min(len(energies), width):
+    if rank > min(len(energies), sites[0].in_features):
         return None
     effects, errors, start = [], [], 0
     for left in kept:
@@ -256,18 +178,29 @@ def _join(
     return Joint(sites, rank, tuple(effects), tuple(errors), kept, stack, basis[:, :rank])
 
 
-def _timed(joint: Joint, chosen: Mapping[str, Option], times: SiteTimes) -> Joint | None:
-    """A group with the time that it takes; None where it pays less than its layers apart, or cannot be timed."""
-    speed = times.together(joint.sites, Pair(FORM, joint.rank), sure=True)
-    apart = sum(chosen[site.name].nanoseconds for site in joint.sites)
-    # Layers with one first factor still have second ones of their own, which were timed as one.
-    if speed is None or not speed.faster or 1e9 * speed.seconds * (1 + LEAST_GAIN) > apart:
-        return None
-    return replace(joint, nanoseconds=round(1e9 * speed.seconds))
+def shared_rank(sites: Sequence[Site], chosen: Mapping[str, Option], step: int, below: int | None = None) -> int:
+    """The largest rank at which one first factor costs no more than the layers' pairs; 0 where there is none.
+
+    Args:
+        sites: the layers.
+        chosen: the options of a pick, by site name.
+        step: of the ranks of wide layers.
+        below: a rank that it has to be below.
+    """
+    width, outputs = sites[0].in_features, sum(site.out_features for site in sites)
+    rank = sum(chosen[site.name].params for site in sites) // (width + outputs)
+    rank = rank if below is None else min(rank, below - 1)
+    stepped = any(cost.stepped(site.out_features, width) for site in sites)
+    return rank // step * step if stepped else rank
 
 
-def _left(curves: SiteCurves, option: Option) -> Tensor | None:
-    """What a weight is multiplied by from the left to give K_i: float64 ``[m, q]``; None where nothing weighs it."""
+def left_of(curves: SiteCurves, option: Option) -> Tensor | None:
+    """What a weight is multiplied by from the left to give K_i: float64 ``[m, q]``; None where nothing weighs it.
+
+    Args:
+        curves: of the layer.
+        option: the form and rank that it has apart.
+    """
     assert option.rank is not None
     curve = curves.forms[option.form]
     count = curve.basis.shape[1]
@@ -293,6 +226,16 @@ def _spanned(basis: Tensor, stack: Tensor) -> Tensor:
     """Orthonormal rows that span those of P^T K, float64 ``[rank, d]``: a first factor that rounds well."""
     orthonormal: Tensor = torch.linalg.qr((basis.T @ stack).T).Q.T
     return orthonormal
+
+
+def gram_of(sketch: FrequentDirections, centered: bool) -> Tensor:
+    """G as float64 ``[d, d]``, positive definite."""
+    if sketch.exact:
+        return with_prior(sketch, centered)
+    root, ridge = sketch.completed(centered)
+    gram = root.T @ root
+    gram.diagonal().add_(max(ridge, float(gram.trace()) * torch.finfo(gram.dtype).eps))
+    return gram
 
 
 def _applied_gram(sketch: FrequentDirections, centered: bool, matrix: Tensor) -> Tensor:

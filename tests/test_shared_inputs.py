@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,8 @@ from lowrank_fx.latency import PairedTiming
 from lowrank_fx.plan import Plan
 from lowrank_fx.planners.problem import Option
 from lowrank_fx.session import Session
-from lowrank_fx.shared_inputs import Joint, joined
+from lowrank_fx.shared_groups import joined
+from lowrank_fx.shared_inputs import Joint, join
 from lowrank_fx.sites import SiteTable
 from lowrank_fx.sketch import FrequentDirections
 
@@ -160,6 +162,26 @@ def test_the_second_factor_is_the_least_squares_fit(size: int | None) -> None:
         mean = x.double().mean(0)
         torch.testing.assert_close(factors.shift, weight @ mean - factors.dense_matrix() @ mean, rtol=1e-4, atol=1e-4)
         assert factors.first == (None if site.name == "q" else "q.factor_in")
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("size", [None, 16])
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 5, 3), (6, 1, 4), (4, 4, 1)])
+def test_the_group_is_the_best_of_all(ranks: tuple[int, ...], size: int | None, alike: bool) -> None:
+    x = rows(3000, WIDTH) @ rows(WIDTH, WIDTH, seed=1)
+    gradients = {name: rows(500, WIDTH, seed=place) for place, name in enumerate("qkv")}
+    names = dict(zip("qkv", ranks, strict=True))
+    table, curves, chosen = problem_of(made(alike=alike), x, names, gradients, size)
+    sites = [site for site in table.sites if site.name in names]
+    gains: dict[tuple[str, ...], float] = {}
+    for group in (group for count in (2, 3) for group in itertools.combinations(sites, count)):
+        joint = join(group, curves, chosen, 1)
+        if joint is not None:
+            apart = math.fsum(chosen[site.name].effect ** 2 for site in group)
+            gains[tuple(site.name for site in group)] = apart - math.fsum(effect**2 for effect in joint.effects)
+    found = joined(table, curves, chosen, fast=False)
+    best = max(gains, key=lambda group: gains[group])
+    assert [tuple(site.name for site in joint.sites) for joint in found] == ([best] if gains[best] > 0 else [])
 
 
 class Alike(nn.Module):
