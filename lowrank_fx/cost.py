@@ -115,12 +115,14 @@ def candidate_ranks(out_features: int, in_features: int, multiple: int, groups: 
 def fast_ranks(ranks: Sequence[int], step: int = FAST_STEP) -> tuple[int, ...]:
     """Those of the ranks on offer that are fast for what they cost: the multiples of ``step``.
 
-    Where all ranks are on offer, because the layer is small, all stay; where none of them is a multiple, the first.
+    Below a ``step`` above ``FAST_STEP`` the multiples of that stay, which are faster than the step. Where all ranks are
+    on offer, because the layer is small, all stay; where none of them is a multiple, the first.
 
-    >>> fast_ranks((8, 16, 24, 32)), fast_ranks((1, 2, 3)), fast_ranks((8,))
-    ((16, 32), (1, 2, 3), (8,))
+    >>> fast_ranks((8, 16, 24, 32)), fast_ranks((1, 2, 3)), fast_ranks((8,)), fast_ranks((8, 16, 24, 32, 40, 48), 32)
+    ((16, 32), (1, 2, 3), (8,), (16, 32))
     """
-    fast = tuple(rank for rank in ranks if ranks[0] == 1 or rank % step == 0)
+    few = min(step, FAST_STEP)
+    fast = tuple(rank for rank in ranks if ranks[0] == 1 or rank % (few if rank < step else step) == 0)
     return fast or tuple(ranks[:1])
 
 

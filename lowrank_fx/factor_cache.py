@@ -5,14 +5,14 @@ A search by ``Tolerance`` or ``Metric`` compares dozens of picks, many of which 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeAlias
 
 from lowrank_fx.forms import Factors
 
 MOST_BYTES = 2**29
-"""How much is kept at most; what was asked for longest ago goes first."""
+"""How much is kept at most. What comes first stays: candidates ask for their sites in one order, so what was asked for
+longest ago is what is asked for next."""
 
 Key: TypeAlias = tuple[str, str, int]
 """Site name, variant and rank."""
@@ -22,12 +22,12 @@ class FactorCache:
     """Factors by site, variant and rank. They are only to be read.
 
     Args:
-        most: bytes that may be kept; factors larger than that alone are made each time.
+        most: bytes that may be kept; what does not fit beside what is kept is made each time.
     """
 
     def __init__(self, most: int = MOST_BYTES) -> None:
         self._most = most
-        self._kept: OrderedDict[Key, Factors] = OrderedDict()
+        self._kept: dict[Key, Factors] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -40,13 +40,14 @@ class FactorCache:
             key: what they are of.
             make: makes them.
         """
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        made = self._kept[key] = make()
-        self._bytes += _bytes_of(made)
-        while self._bytes > self._most:
-            self._bytes -= _bytes_of(self._kept.popitem(last=False)[1])
+        found = self._kept.get(key)
+        if found is not None:
+            return found
+        made = make()
+        size = _bytes_of(made)
+        if self._bytes + size <= self._most:
+            self._kept[key] = made
+            self._bytes += size
         return made
 
     def clear(self) -> None:

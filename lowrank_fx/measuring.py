@@ -75,9 +75,12 @@ def freezing(session: Session) -> tuple[bool, str]:
             lambda: frozen(*call.args, **call.kwargs),
             device=session.program.device,
         )
-    if isinstance(frozen, Frozen) and frozen.refused is not None:
-        return False, f"weights are not frozen, because {frozen.refused}"
-    pays = timing.speedup - CONFIDENCE * timing.error > 1
+    refused = frozen.refused if isinstance(frozen, Frozen) else None
+    pays = refused is None and timing.speedup - CONFIDENCE * timing.error > 1
+    if not pays:
+        session.forget_frozen()
+    if refused is not None:
+        return False, f"weights are not frozen, because {refused}"
     return pays, f"weights are {'' if pays else 'not '}frozen: the original so measured {timing.speedup:.2f}x as fast"
 
 

@@ -120,18 +120,13 @@ def _chosen(session: Session, target: Target, share: float | None) -> Timed:
         return Timed(session, planned, {})
     if not planned.made.factored and not any(len(own) > 1 for own in session.problem.options.values()):
         return Timed(session, _noted(planned, NONE_TIMED_FASTER) if any(times.offered.values()) else planned, {})
-    speeds = times.speeds(planned.plan)
+    planned, speeds = _standing(session, planned, times)
     for _ in range(REPLANS):
         if not isinstance(target, Keep) or _affordable(session, target, share, planned):
             break
         session = session.again()
-        planned = session.planned(target, share)
-        speeds = times.speeds(planned.plan)
+        planned, speeds = _standing(session, session.planned(target, share), times)
     reasons = _failing(planned.plan, speeds)
-    if reasons and planned.outcome.apart is not None:  # layers with one first factor stand or fall together
-        planned = session.without(planned, {})
-        speeds = times.speeds(planned.plan)
-        reasons = _failing(planned.plan, speeds)
     if reasons and _scored_out(planned.plan):
         planned = original(session, planned, NOT_SCORED)
     elif reasons:
@@ -140,6 +135,15 @@ def _chosen(session: Session, target: Target, share: float | None) -> Timed:
         if not fewer.made.factored:
             planned = _noted(planned, NONE_PAYS)
     return Timed(session, planned, {site.name: speeds[site.name] for site in planned.plan.factored})
+
+
+def _standing(session: Session, planned: Planned, times: SiteTimes) -> tuple[Planned, dict[str, SiteSpeed]]:
+    """A plan and its layers' speeds; without shared first factors, where not all of its layers pay with them."""
+    speeds = times.speeds(planned.plan)
+    if planned.outcome.apart is None or not _failing(planned.plan, speeds):
+        return planned, speeds
+    planned = session.without(planned, {})
+    return planned, times.speeds(planned.plan)
 
 
 def _scored_out(plan: Plan) -> bool:
@@ -180,6 +184,12 @@ def _why(site: SitePlan, speeds: Mapping[str, SiteSpeed]) -> str:
 def _folded_back(found: Timed, time_of: TimeOf) -> Timed:
     """The largest part of a plan, by halves, with which the model measured faster; else the original."""
     session, planned, speeds, whole = found
+    if planned.outcome.apart is not None:  # no part of a plan shares, so neither does what is timed
+        planned = session.without(planned, {})
+        speeds = {} if session.times is None else session.times.speeds(planned.plan)
+        whole = time_of(planned.plan, planned.made)
+        if whole.faster and _holds(planned.plan):
+            return Timed(session, planned, speeds, whole)
     plan = planned.plan
     order = sorted(plan.factored, key=lambda site: (-_gain(site, speeds), site.effect))
     kept = len(order)

@@ -210,8 +210,12 @@ class Session:
         if not joints:
             return None
         session = replace(self, joints=joints)
-        shared = {site.name for joint in joints for site in joint.sites}
-        options, indices = session.problem.options, self.problem.indices(pick)
+        options = dict(self.problem.options)
+        shared = {name: own for joint in joints for name, own in joint.options(self.calibration).items()}
+        for name, own in shared.items():
+            options[name] = (*options[name], own)
+        session.problem = Problem(options)  # not posed anew: a clock may have ruled out what stands before a pick
+        indices = self.problem.indices(pick)
         return session, tuple(len(options[name]) - 1 if name in shared else index for name, index in indices.items())
 
     def _challenged(
@@ -231,6 +235,7 @@ class Session:
         if "effect" not in planner(self.planner) or not self.problem.factored(outcome.pick):
             return self._finish(target, quantity, outcome)
         owner, best, candidates = self, outcome, outcome.candidates
+        choice = self._baseline(quantity, budget)  # before sharing times more layers, which may put more on offer
         shared = self.sharing(outcome.pick)
         if shared is not None:
             session, pick = shared
@@ -239,7 +244,6 @@ class Session:
             candidates = (*candidates, (candidate, error))
             if error < best.error:
                 owner, best = session, Outcome(pick, candidate, error, apart=outcome)
-        choice = self._baseline(quantity, budget)
         if choice is not None and tuple(choice.items()) not in known:
             error = self._select_error(choice)
             candidates = (*candidates, (BASELINE, error))
@@ -348,6 +352,10 @@ class Session:
             self._compiled[frozen] = Frozen(model, warns=False) if frozen else compile_module(model)
         return self._compiled[frozen]
 
+    def forget_frozen(self) -> None:
+        """Let go of the original that is compiled with its weights as constants, and of their copy."""
+        self._compiled.pop(True, None)
+
     def without(self, planned: Planned, reasons: Mapping[str, str]) -> Planned:
         """A plan with some of its sites dense, the factors of the others settled anew, and all of it measured anew.
 
@@ -371,7 +379,6 @@ class Session:
         with settled(self.program.device):
             session, pick = self._offering(choice)
             error = session._select_error(choice)
-            self._kept.clear()
             plan, made, outcome = session._finish(target, quantity, replace(outcome, pick=pick, error=error))
             plan = replace(plan, sites=tuple(_reasoned(site, reasons) for site in plan.sites))
             if planned.plan.metric is not None and isinstance(target, Metric):
@@ -426,6 +433,7 @@ class Session:
     # ---- the plan ------------------------------------------------------------------------------------------------
 
     def _finish(self, target: Target, quantity: CostKind, outcome: Outcome, settled: Settled | None = None) -> Planned:
+        self._kept.clear()
         if not math.isfinite(outcome.error):
             raise TargetError(f"{target}: every candidate plan gives outputs that are not finite on held-out rows")
         choice = self.problem.factored(outcome.pick)

@@ -18,9 +18,10 @@ from lowrank_fx import cost
 from lowrank_fx.curves import SiteCurves
 from lowrank_fx.double_sided import split_variant
 from lowrank_fx.forms.base import rank_step
+from lowrank_fx.linalg import psd_root
 from lowrank_fx.planners.problem import Option
 from lowrank_fx.shared_inputs import FORM, Joint, gram_of, join, left_of, shared_rank
-from lowrank_fx.site_times import SiteTimes
+from lowrank_fx.site_times import SiteTimes, pair_of
 from lowrank_fx.sites import Site, SiteTable
 from lowrank_fx.timed_operators import Pair
 from lowrank_fx.timings import LEAST_GAIN
@@ -59,14 +60,15 @@ def joined(
             step = cost.FAST_STEP if times is None else times.step(sites[0])
         group = _most_promising(_groups(sites), curves, chosen, step)
         best = None if group is None else join(group, curves, chosen, step)
-        for _ in range(TIMED):
+        for again in range(TIMED):
+            if best is not None and again:
+                best = join(best.sites, curves, chosen, step, below=best.rank)
             if best is None or _gain(best, chosen) <= 0:
                 break
             timed = best if times is None else _timed(best, chosen, times)
             if timed is not None:
                 found.append(timed)
                 break
-            best = join(best.sites, curves, chosen, step, below=best.rank)
     return tuple(found)
 
 
@@ -99,12 +101,17 @@ def _most_promising(
     if len(groups) == 1:
         return groups[0]
     sites = groups[-1]
-    lower = torch.linalg.cholesky(gram_of(curves[sites[0].name].sketch.parts[0], sites[0].centered))
+    lefts = {site.name: left_of(curves[site.name], chosen[site.name]) for site in sites}
+    weighed = [(site, left) for site in sites if (left := lefts[site.name]) is not None]
+    if len(weighed) < 2:
+        return None
+    gram = gram_of(curves[sites[0].name].sketch.parts[0], sites[0].centered)
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):  # rows that hardly vary
+        lower = psd_root(gram).T
     seen: dict[str, Tensor] = {}
-    for site in sites:
-        left = left_of(curves[site.name], chosen[site.name])
-        if left is not None:
-            seen[site.name] = left.T @ site.matrix(curves[site.name].weight.detach()).double() @ lower
+    for site, left in weighed:
+        seen[site.name] = left.T @ site.matrix(curves[site.name].weight.detach()).double() @ lower
     parts = {name: own.T @ own for name, own in seen.items()}
     most: tuple[float, tuple[Site, ...] | None] = 0.0, None
     for group in groups:
@@ -127,8 +134,11 @@ def _gain(joint: Joint, chosen: Mapping[str, Option]) -> float:
 def _timed(joint: Joint, chosen: Mapping[str, Option], times: SiteTimes) -> Joint | None:
     """A group with the time that it takes; None where it pays less than its layers apart, or cannot be timed."""
     speed = times.together(joint.sites, Pair(FORM, joint.rank), sure=True)
-    apart = sum(chosen[site.name].nanoseconds for site in joint.sites)
+    apart = 0.0
+    for site in joint.sites:
+        own = times.measured(site, pair_of(chosen[site.name].form, chosen[site.name].rank or 0), sure=False)
+        apart += math.inf if own is None else own.seconds
     # Layers with one first factor still have second ones of their own, which were timed as one.
-    if speed is None or not speed.faster or 1e9 * speed.seconds * (1 + LEAST_GAIN) > apart:
+    if speed is None or not speed.faster or speed.seconds * (1 + LEAST_GAIN) > apart:
         return None
     return replace(joint, nanoseconds=round(1e9 * speed.seconds))

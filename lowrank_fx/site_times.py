@@ -58,19 +58,19 @@ class SiteTimes:
         return self.timings.notes
 
     def survey(self) -> None:
-        """Time a few ranks of every form of every site, largest sites first, and some in a row of the largest."""
+        """Time some ranks in a row of the largest sites, then a few fast ones of every form of every site."""
         by_worth = sorted(self.table.sites, key=lambda site: -sum(each.flops(None) for each in self._operators(site)))
         probed: dict[tuple[str, str], list[tuple[Operator, Pair]]] = {}
         for site in by_worth:
             probes = self._probes(site)
             if probes:
                 probed.setdefault((site.kind, site.dtype), probes)
-        wanted = itertools.chain(*probed.values(), (each for site in by_worth for each in self._wanted(site)))
-        self.timings.survey(wanted, self.progress)
+        left = self.timings.survey(itertools.chain(*probed.values()), self.progress)
         for kind, probes in probed.items():
             if all(self.timings.is_measured(*probe) for probe in probes):
                 times = {pair.rank: 1 / self.timings.estimate(operator, pair) for operator, pair in probes}
                 self._steps[kind] = fast_step(times, rank_step(kind[1]))
+        self.timings.survey((each for site in by_worth for each in self._wanted(site)), self.progress, left)
 
     def step(self, site: Site) -> int:
         """The step of the ranks that are fast for what they cost, as measured on the largest site of kind and dtype.
@@ -224,7 +224,7 @@ class SiteTimes:
             if site.pair is not None and ranks:
                 yield operator, Pair(*site.pair)
             for form, own in ranks.items():
-                for rank in survey_ranks(cost.fast_ranks(own), count):
+                for rank in survey_ranks(cost.fast_ranks(own, self.step(site)), count):
                     yield operator, Pair(form, rank)
 
     def _probes(self, site: Site) -> list[tuple[Operator, Pair]]:

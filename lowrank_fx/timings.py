@@ -151,24 +151,32 @@ class Timings:
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
-    def survey(self, wanted: Iterable[tuple[Operator, Pair]], progress: bool = False) -> None:
+    def survey(
+        self, wanted: Iterable[tuple[Operator, Pair]], progress: bool = False, seconds: float | None = None
+    ) -> float:
         """Measure pairs that the table does not have, until ``SURVEY_SECONDS`` are over, and keep them on disk.
 
         Args:
             wanted: in the order of their worth.
             progress: show a progress bar.
+            seconds: what an earlier survey left of ``SURVEY_SECONDS``.
+
+        Returns:
+            What this one leaves of them.
         """
+        most = SURVEY_SECONDS if seconds is None else seconds
         missing = [each for each in dict.fromkeys(wanted) if self._known(*each) is None]
         self._left_out = 0
         started = self._clock()
         with Progress("timing layers", len(missing), progress) as bar:
             for operator, pair in missing:
-                if self._clock() - started >= SURVEY_SECONDS:
+                if self._clock() - started >= most:
                     self._left_out += 1
                     continue
                 self._take(operator, pair, USUAL_SECONDS)
                 bar.advance(note=operator.key)
         self.flush()
+        return most - (self._clock() - started)
 
     def timing(self, operator: Operator, pair: Pair, *, sure: bool) -> PairedTiming | None:
         """The timing of this very rank.

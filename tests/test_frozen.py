@@ -424,6 +424,8 @@ def test_weights_are_frozen_where_the_original_measured_faster_so(
     assert f"weights are {word}: the original so measured {speedup:.2f}x as fast" in made.plan.notes
     close(made(batches()[0]), eager(made, batches()[0]))
     assert made.replan(Keep(params=0.7)).frozen == made.frozen
+    assert made.session is not None
+    assert (True in made.session._compiled) == made.frozen  # what is laid out for nothing is let go of
 
 
 def test_an_original_that_cannot_be_frozen_is_not_by_itself() -> None:

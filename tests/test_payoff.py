@@ -20,6 +20,7 @@ from lowrank_fx.measuring import site_times
 from lowrank_fx.module import LowRankModule
 from lowrank_fx.payoff import NONE_PAYS, NONE_TIMED_FASTER, SLOWER
 from lowrank_fx.plan import Plan
+from lowrank_fx.site_times import SiteTimes
 from lowrank_fx.timed_operators import Operator, Pair
 from lowrank_fx.timings import USUAL_SECONDS, Timings, survey_ranks
 
@@ -483,6 +484,43 @@ def test_layers_that_share_and_do_not_pay_together_may_pay_apart(table: Table) -
     assert made.plan.select_error <= 0.5
 
 
+def test_a_plan_that_is_no_faster_with_a_shared_first_factor_may_be_without(table: Table) -> None:
+    table.model = lambda plan, names: 0.9 if any(site.shares for site in plan.sites) else 1.5
+    made = lowrank_fx.optimize(Shared().eval(), shared_batches(), target=Tolerance(0.5), progress=False)
+    assert len(table.timed) == 2
+    assert {site.name for site in made.plan.factored} == {"query", "key", "out"}
+    assert all(site.basis != "shared" for site in made.plan.sites)
+    assert made.timing is not None
+    assert made.timing.speedup == 1.5
+    assert made.plan.select_error <= 0.5
+    for site in made.plan.factored:  # of each layer's own pair
+        assert site.rank is not None
+        size = site.out_features * site.in_features, site.rank * (site.out_features + site.in_features)
+        assert made.artifact.speeds[site.name].flop_ratio == pytest.approx(size[0] / size[1])
+
+
+def test_what_a_clock_rules_out_while_layers_are_joined_moves_no_pick(table: Table) -> None:
+    target = Keep(latency=0.35, of="sites")
+    made = lowrank_fx.optimize(Shared().eval(), shared_batches(), target=target, progress=False)
+    session = made.session
+    assert session is not None
+    times = site_times(session, compiled=True)
+    times.survey()
+    session = session.aimed(target, times)
+    outcome = session.planned(target).outcome
+    assert outcome.apart is not None
+    before = session.problem.chosen(outcome.apart.pick)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiteTimes, "pays", lambda *_: False)
+        found = session.sharing(outcome.apart.pick)
+    assert found is not None
+    sharing, pick = found
+    after = sharing.problem.chosen(pick)
+    assert {name: after[name] for name in ("out",)} == {"out": before["out"]}
+    assert {after[name].form for name in ("query", "key")} == {"lowrank@shared"}
+    assert all(sharing.problem.options[name][: len(own)] == own for name, own in session.problem.options.items())
+
+
 @pytest.mark.parametrize("tile", [8, 16, 32])
 def test_a_clock_reads_the_step_of_fast_ranks_off_the_table(table: Table, tile: int) -> None:
     """A kernel of tiles takes as long for a part of one as for all of it."""
@@ -506,7 +544,7 @@ def test_a_clock_reads_the_step_of_fast_ranks_off_the_table(table: Table, tile: 
     assert {times.step(site) for site in session.table.sites} == {tile}
     offers = session.aimed(Tolerance(0.1), times).offers
     offered = {option.rank for site in session.table.sites for option in offers.options(site)} - {None}
-    assert offered == set(range(tile, 128, tile))
+    assert offered == set(range(tile, 128, tile)) | ({16} if tile > 16 else set())
     plain = session.plan(Keep(flops=0.75))[0]  # which obeys no clock
     assert all(site.rank is not None and site.rank % cost.FAST_STEP == 0 for site in plain.factored)
 

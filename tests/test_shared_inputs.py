@@ -184,6 +184,13 @@ def test_the_group_is_the_best_of_all(ranks: tuple[int, ...], size: int | None, 
     assert [tuple(site.name for site in joint.sites) for joint in found] == ([best] if gains[best] > 0 else [])
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rows_that_never_vary_join_nothing(value: float) -> None:
+    x = torch.full((300, WIDTH), value)
+    table, curves, chosen = problem_of(made(), x, {"q": 3, "k": 3, "v": 3})
+    assert joined(table, curves, chosen, fast=False) == ()
+
+
 class Alike(nn.Module):
     """Two layers so wide that their ranks go in steps, and nearly the same."""
 
