@@ -60,8 +60,8 @@ def fast_step(times: Mapping[int, float], finest: int) -> int:
             for rank in times
             if rank % (2 * step) == step and rank - step in times and rank + step in times
         }
-        if len(beside) < LEAST_ODD or statistics.median(times[rank] / line for rank, line in beside.items()) <= (
-            1 / AS_FAST
-        ):
+        if len(beside) < LEAST_ODD:
+            return step
+        if statistics.median(times[rank] / line for rank, line in beside.items()) <= 1 / AS_FAST:
             return step
         step *= 2

@@ -219,8 +219,10 @@ def build(
     compile = compile and cause is None
     said: list[str] = []
     if frozen == "auto":
-        frozen, word = freezing(session) if compile else (False, "")
-        said += [word] * bool(word)
+        frozen = False
+        if compile:
+            frozen, word = freezing(session)
+            said.append(word)
     by_time = asks_for_time(target)
     times = site_times(session, compiled=compile) if compile or by_time else None
     last: list[tuple[Made, LowRankModule]] = []
