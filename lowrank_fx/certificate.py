@@ -15,21 +15,23 @@ from torch import Tensor
 
 from lowrank_fx.linalg import symmetric_eigen
 
-_LOG_ODDS = 8 * math.log(10)
-"""Each of the probabilistic statements here fails with a probability of at most 1e-8 over the probes."""
+_ODDS = 1e-8
+"""Each of the probabilistic statements here fails with a probability of at most this over the probes."""
+
+_LOG_ODDS = -math.log(_ODDS)
 
 
 @functools.cache
-def norm_factor(probes: int) -> float:
-    """The f with |E|_F <= f |E P|_F for any E and Gaussian P of so many columns, except with probability 1e-8 over P.
+def norm_factor(probes: int, odds: float = _ODDS) -> float:
+    """The f with |E|_F <= f |E P|_F for any E and Gaussian P of so many columns, but for a probability ``odds`` over P.
 
     Chernoff's bound for a weighted sum of chi-squares: P(|E P|_F^2 <= e p |E|_F^2) <= (e exp(1 - e))^(p / 2); f is
-    (e p)^-1/2 for the e where that is 1e-8.
+    (e p)^-1/2 for the e where that is ``odds``.
     """
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        if 0.5 * probes * (middle - 1 - math.log(middle)) < _LOG_ODDS:
+        if 0.5 * probes * (middle - 1 - math.log(middle)) < -math.log(odds):
             high = middle
         else:
             low = middle
@@ -44,17 +46,6 @@ def gaussian(dim: int, columns: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(dim, columns, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def signs(dim: int, columns: int, seed: int) -> Tensor:
-    """A float32 matrix [dim, columns] of random signs on the CPU: the same on every call, and far cheaper to draw."""
-    count = dim * columns
-    drawn = torch.empty(-(-count // 64), 8, dtype=torch.uint8, device="cpu")
-    limits, generator = torch.iinfo(torch.int64), torch.Generator().manual_seed(seed)
-    drawn.view(torch.int64).random_(limits.min, limits.max, generator=generator)
-    # Every drawn byte is eight signs.
-    eight = 1.0 - 2.0 * (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1).float()
-    return eight.index_select(0, drawn.flatten().int()).flatten()[:count].view(dim, columns)
 
 
 def missing_energy(

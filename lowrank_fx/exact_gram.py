@@ -5,7 +5,7 @@ rows in float64) and summed in float64; what the approximate mean left over is t
 for others (at most ``capacity`` of them), because every block passes over the whole matrix.
 
 **Reading** joins the rows that wait without taking them in, so that whoever reads, and whenever, changes no later bit:
-what has joined is kept on and below the diagonal, what was read last above it.
+what has joined is kept on and above the diagonal, what was read last below it.
 
 **Rounding**, with u = 2^-53. For a block of b rows with the Gram's trace t the worst case of the float32 product,
 b 2^-24 t, is thousands of times what happens and would hide the tail of any spectrum, so the error is measured. For
@@ -34,8 +34,8 @@ BLOCK_ROWS = 4096
 _FEW_ROWS, _MANY_ROWS = 256, 1024
 """The least and the largest number of rows that may wait; d of them in between, half of the Gram matrix's memory."""
 
-_CHUNK_ELEMENTS = 1 << 16
-"""Entries converted to float64 at a time on a CPU (512 KiB), so that the passes over them stay in cache."""
+_CHUNK_ELEMENTS = 1 << 17
+"""Entries converted to float64 at a time on a CPU (1 MiB), so that the passes over them stay in cache."""
 
 _MIRROR = 256
 """The side of the squares in which a matrix is mirrored: two of them (1 MiB) stay in a cache."""
@@ -62,7 +62,7 @@ class _Joined(NamedTuple):
 class _Reading(NamedTuple):
     """What was read last, the rows that wait among it.
 
-    Where rows wait, the matrix that was read lies above the diagonal, and ``diagonal`` is its diagonal.
+    Where rows wait, the matrix that was read lies below the diagonal, and ``diagonal`` is its diagonal.
     """
 
     joined: _Joined
@@ -156,9 +156,9 @@ class ExactGram:
         """The symmetric [d, d] matrix; eigenvalues may be negative by at most :meth:`rho`."""
         reading = self._read()
         if reading.diagonal is None:
-            gram = _symmetric(self._gram)
-        else:
             gram = _symmetric(self._gram.T).T
+        else:
+            gram = _symmetric(self._gram)
             gram.diagonal().copy_(reading.diagonal)
         if not centered:
             total = reading.joined.total
@@ -197,7 +197,7 @@ class ExactGram:
     def state_dict(self) -> dict[str, Tensor]:
         """What is this mode's own in the state of a sketch, copied; the rows that wait are in it as they came."""
         return {
-            "gram": _symmetric(self._gram),
+            "gram": _symmetric(self._gram.T).T,
             "probed": self._probed.clone(),
             "buffer": self._buffer[: self._buffered].clone(),
         }
@@ -236,7 +236,7 @@ class ExactGram:
         """Add the Gram matrix of a block of rows."""
         joined, block = self._joined(rows, magnitude)
         for start, stop in panels(self.dim):
-            self._gram[start:, start:stop].add_(self._panel(block, start, stop))
+            self._gram[start:stop, start:].add_(self._panel(block, start, stop))
         self.total, self._probed, self.rounding = joined
 
     def _read(self) -> _Reading:
@@ -245,23 +245,24 @@ class ExactGram:
             joined, block = self._joined(self._buffer[: self._buffered], self._magnitude)
             diagonal = self._gram.diagonal().clone()
             for start, stop in panels(self.dim):
-                own = self._gram[start:, start:stop]
-                square = own[: stop - start]
+                own = self._gram[start:stop, start:]
+                square = own[:, : stop - start]
                 read = self._panel(block, start, stop).add_(own)
                 diagonal[start:stop] = read.diagonal()
-                self._gram[start:stop, stop:] = read[stop - start :].T
-                square.copy_(square.tril() + read[: stop - start].tril(-1).T)
+                self._gram[stop:, start:stop] = read[:, stop - start :].T
+                square.copy_(square.triu() + read[:, : stop - start].triu(1).T)
             self._last = _Reading(joined, diagonal)
         elif self._last is None:
             self._last = _Reading(_Joined(self.total, self._probed, self.rounding), None)
         return self._last
 
     def _panel(self, block: _Block, start: int, stop: int) -> Tensor:
-        """What a block adds to the columns from ``start`` to ``stop``, from the diagonal down."""
+        """What a block adds to the rows from ``start`` to ``stop``, from the diagonal on."""
+        # Few rows times many columns: on a CPU an eighth faster than the transpose of it, and the sum is in one piece.
         with full_precision(self.device):
-            product = block.shifted[:, start:].T @ block.shifted[:, start:stop]
+            product = block.shifted[:, start:stop].T @ block.shifted[:, start:]
         panel = product.to(torch.float64)
-        return panel.addmm_(block.plus[:, start:].T, block.minus[:, start:stop], beta=block.scale**-2)
+        return panel.addmm_(block.plus[:, start:stop].T, block.minus[:, start:], beta=block.scale**-2)
 
     def _joined(self, rows: Tensor, magnitude: float) -> tuple[_Joined, _Block]:
         """What all rows come to with a block of rows more, and what that adds to the Gram matrix."""

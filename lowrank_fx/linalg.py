@@ -13,12 +13,15 @@ from torch import Tensor
 
 from lowrank_fx.errors import CalibrationError
 
+_SAFE = 200
+"""Entries between 2^-200 and 2^200 can be squared, and their squares summed, in float64."""
+
 
 def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix, largest first.
 
-    The matrix is scaled to entries near one before the decomposition and the values are scaled back: a solver
-    that squares entries near 1e-160 or 1e160 would leave the range of float64.
+    A matrix of very small or large entries is scaled to entries near one before the decomposition and the values are
+    scaled back: a solver that squares entries near 1e-160 or 1e160 would leave the range of float64.
 
     Args:
         a: symmetric [s, s] of any floating dtype; only its lower triangle counts.
@@ -32,15 +35,15 @@ def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     a = a.to(torch.float64)
     if a.shape[0] == 0:
         return a.new_zeros(0), a
-    peak = float(a.abs().amax())
+    peak = float(torch.stack(torch.aminmax(a)).abs().amax())
     if not math.isfinite(peak):
         raise CalibrationError(
             f"a symmetric matrix of side {a.shape[0]} holds values that are not finite, so it has no eigenvalues; look "
             f"for NaN or infinity in the layer's weight and inputs"
         )
-    # In two steps, because the reciprocal of one power of two can leave the range of float64.
-    half = 2.0 ** (math.frexp(peak)[1] // 2)
-    values, vectors = torch.linalg.eigh(a / half / half)
+    # In two steps, because the reciprocal of one power of two can leave the range of float64; most need none.
+    half = 1.0 if 2.0**-_SAFE < peak < 2.0**_SAFE else 2.0 ** (math.frexp(peak)[1] // 2)
+    values, vectors = torch.linalg.eigh(a if half == 1.0 else a / half / half)
     return values.flip(0) * half * half, vectors.flip(1)
 
 

@@ -26,7 +26,7 @@ _LARGEST = 2.0**480
 """From here on, sums of squares could leave the range of float64."""
 
 _PANELS = 6
-"""Panels in which the lower triangle of a Gram matrix is computed: 7/12 of the work of the whole square."""
+"""Panels in which a triangle of a Gram matrix is computed: 7/12 of the work of the whole square."""
 
 
 class Moments(NamedTuple):

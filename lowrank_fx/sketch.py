@@ -21,7 +21,7 @@ class FrequentDirections:
 
     For the rows x_1..x_n it keeps n, their mean and either the Gram matrix of the rows minus their mean (*exact mode*:
     ``size`` is None or at least ``dim``) or a matrix B of at most ``size`` rows, a buffer and two co-sketches, at most
-    16 l d bytes in all from l = 64 on (*FD mode*; 18 l d where float64 rows came). Few rows at a time wait in exact
+    16 l d bytes in all from l = 64 on (*FD mode*; 22 l d where float64 rows came). Few rows at a time wait in exact
     mode, at most ``min(max(d, 256), 1024)`` of them, and join as one block; reading never changes when.
     Write A for the n x d matrix of centred rows and H for what :meth:`gram` returns. Then::
 
@@ -30,7 +30,7 @@ class FrequentDirections:
 
     delta is what shrinking took, plus the size of negative rounding eigenvalues that were clamped; 0 in exact mode.
     Why (2) holds, and what else is known of what was lost, is said in ``directions.py``. rho bounds the rounding, and
-    is derived where it arises: in float32 products (``exact_gram.py``), in compressions (``directions.py``), in means
+    is derived where it arises: in float32 products (``exact_gram.py``), in compressions (``shrinking.py``), in means
     and in the evaluation of |Z H Z^T| (``moments.py``). Centring is exact, by an extra row whenever a block or another
     sketch joins (``moments.py``).
 
@@ -179,7 +179,7 @@ class FrequentDirections:
             centered: for the rows minus their mean; False appends the row sqrt(n) mean.
 
         Returns:
-            [l', d], float64. In FD mode l' <= 3 l / 2 + 3: B, the buffered rows and v as they are, because reading a
+            [l', d], float64. In FD mode l' <= 7 l / 4 + 3: B, the buffered rows and v as they are, because reading a
             sketch never changes it. In exact mode l' <= d + 1, with negative rounding eigenvalues clamped.
         """
         return self._kept.matrix(centered)
@@ -196,7 +196,7 @@ class FrequentDirections:
             centered: for the rows minus their mean; False for the rows as they came.
 
         Returns:
-            F [l', d], float64, l' <= 3 l + 3 in FD mode; c, 0 in exact mode.
+            F [l', d], float64, l' <= 13 l / 4 + 3 in FD mode; c, 0 in exact mode.
         """
         return self._kept.completed(centered)
 

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # (passes), behind them when it gathers them (planners).
 HOUSE = (
     *("errors", "_env", "_progress", "_files", "_sizes", "_memory", "_ambient", "_describe", "_leaves"),
-    *("linalg", "certificate", "moments", "exact_gram", "directions", "sketch", "grouped_sketch"),
+    *("linalg", "certificate", "moments", "exact_gram", "sparse_signs", "shrinking", "directions"),
+    *("sketch", "grouped_sketch"),
     *("anchored", "cost", "allocate", "gauge"),
     *("patches", "sites", "forms.geometry", "forms.base", "forms.output"),
     *("forms.alternating", "forms.split", "forms.tucker", "forms", "targets", "plan"),
