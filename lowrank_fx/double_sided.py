@@ -17,6 +17,9 @@ whose least eigenvalue a / m is also the floor of the inverse root. One spectrum
 With R W B^T = sum of s_i u_i v_i^T, the output error itself, which is what bounds and reports speak of, is
 |(W - W') B^T|_F^2 = sum over i > k of s_i^2 |R^-1 u_i|^2, because the v_i are orthonormal.
 
+Where W [m, d] is tall, all of it happens in the span of its outputs: with W = Q T and Q^T Gamma' Q = S^T S the vectors
+are those of S T B^T, and R^-1 U = Q S^-1 V. Only d x d matrices are factored then, whatever the rank of W.
+
 The *basis* of a curve is ``"activation"`` (the plain forms) or ``"gradient"`` (here); a *variant* is a form with a
 basis, written ``lowrank`` or ``lowrank@gradient``. The basis ``"shared"`` is that of layers with one first factor
 (``shared_inputs.py``), which have no curve each.
@@ -26,6 +29,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +81,7 @@ class OutputMetric(ABC):
             gram = gradients.gram(centered=False)
             gram *= (1 - shrinkage) / gram.trace()
             gram.diagonal().add_(least)
-            return WholeMetric(torch.linalg.cholesky(gram).T)
+            return WholeMetric(gram)
         _, lengths, right = torch.linalg.svd(gradients.matrix(centered=False), full_matrices=False)
         values = lengths.square()
         return SketchedMetric(right.T, ((1 - shrinkage) * values / values.sum() + least).sqrt(), least**0.5)
@@ -86,8 +91,8 @@ class OutputMetric(ABC):
         """R times a float64 matrix ``[m, n]``."""
 
     @abstractmethod
-    def transposed(self, matrix: Tensor) -> Tensor:
-        """R^T times a float64 matrix ``[m, n]``."""
+    def gram(self, matrix: Tensor) -> Tensor:
+        """Gamma' = R^T R times a float64 matrix ``[m, n]``."""
 
     @abstractmethod
     def inverse_root(self, matrix: Tensor) -> Tensor:
@@ -103,19 +108,24 @@ class WholeMetric(OutputMetric):
     """R as the transposed Cholesky factor of Gamma', which the floor keeps positive definite.
 
     Attributes:
-        upper: R ``[m, m]``, float64, upper triangular.
+        gamma: Gamma' ``[m, m]``, float64.
     """
 
-    upper: Tensor
+    gamma: Tensor
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """R ``[m, m]``, float64, upper triangular."""
+        factor: Tensor = torch.linalg.cholesky(self.gamma).T
+        return factor
 
     def root(self, matrix: Tensor) -> Tensor:
         """R times a float64 matrix ``[m, n]``."""
         return self.upper @ matrix
 
-    def transposed(self, matrix: Tensor) -> Tensor:
-        """R^T times a float64 matrix ``[m, n]``."""
-        product: Tensor = self.upper.T @ matrix
-        return product
+    def gram(self, matrix: Tensor) -> Tensor:
+        """Gamma' = R^T R times a float64 matrix ``[m, n]``."""
+        return self.gamma @ matrix
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         """R^-1 times a float64 matrix ``[m, n]``."""
@@ -124,7 +134,7 @@ class WholeMetric(OutputMetric):
 
     def scaled(self, by: float) -> WholeMetric:
         """R times a positive number."""
-        return WholeMetric(by * self.upper)
+        return WholeMetric(by * by * self.gamma)
 
 
 @dataclass(frozen=True)
@@ -145,9 +155,9 @@ class SketchedMetric(OutputMetric):
         """R times a float64 matrix ``[m, n]``."""
         return self.floor * matrix + self.vectors @ ((self.roots - self.floor)[:, None] * (self.vectors.T @ matrix))
 
-    def transposed(self, matrix: Tensor) -> Tensor:
-        """R^T times a float64 matrix ``[m, n]``; this R is symmetric."""
-        return self.root(matrix)
+    def gram(self, matrix: Tensor) -> Tensor:
+        """Gamma' = R^T R times a float64 matrix ``[m, n]``; this R is symmetric."""
+        return self.root(self.root(matrix))
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         """R^-1 times a float64 matrix ``[m, n]``."""
@@ -193,32 +203,64 @@ def double_sided(form: OutputForm, site: Site, weight: Tensor, sketch: Sketch, g
     ranks, beyond = form.supported(site, sketch)
     largest = (*ranks, *beyond)[-1]
     blocks = site.matrix(weight.detach()).double().chunk(site.groups)
-    bases, mixes, duals, stretches, tails = [], [], [], [], []
-    for block, part, own in zip(blocks, sketch.parts, gradients.parts, strict=True):
-        metric = OutputMetric.of(own)
-        directions, energies = group_spectrum(metric.root(block), part, site.centered, largest)
-        back = metric.inverse_root(directions)
-        lengths = torch.linalg.vector_norm(back, dim=0)
-        tails.append(energies * lengths.square())
-        orthonormal, mixed = torch.linalg.qr((back / lengths)[:, :largest])
-        bases.append(orthonormal)
-        mixes.append(mixed)
-        duals.append(metric.transposed(directions[:, :largest]) * lengths[:largest])
-        stretches.append(lengths[:largest])
-    longest = max(len(own) for own in tails)
-    energies = torch.stack([F.pad(own, (0, longest - len(own))) for own in tails]).sum(0)
+    made = [
+        _oblique(OutputMetric.of(own), block, part, site.centered, largest)
+        for block, part, own in zip(blocks, sketch.parts, gradients.parts, strict=True)
+    ]
+    longest = max(len(own.energies) for own in made)
+    energies = torch.stack([F.pad(own.energies, (0, longest - len(own.energies))) for own in made]).sum(0)
     tail = torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
     keep = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return ObliqueCurve(
         ranks=ranks,
         tail=tuple(tail.tolist()),
         energy=float(tail[0]),
-        basis=torch.cat(bases).to(keep).contiguous(),
+        basis=torch.cat([own.basis for own in made]).to(keep).contiguous(),
         beyond=beyond,
-        mixed=torch.cat(mixes),
-        dual=torch.cat(duals).to(keep).contiguous(),
-        lengths=torch.cat(stretches),
+        mixed=torch.cat([own.mixed for own in made]),
+        dual=torch.cat([own.dual for own in made]).to(keep).contiguous(),
+        lengths=torch.cat([own.lengths for own in made]),
     )
+
+
+class _Oblique(NamedTuple):
+    """Of one group: the output error of every direction ``[q]``, and its part of an :class:`ObliqueCurve`."""
+
+    energies: Tensor
+    basis: Tensor
+    mixed: Tensor
+    dual: Tensor
+    lengths: Tensor
+
+
+def _oblique(metric: OutputMetric, block: Tensor, sketch: FrequentDirections, centered: bool, largest: int) -> _Oblique:
+    """The oblique projections of one group's weight ``[m, d]``, float64, up to the rank ``largest``."""
+    outer: Tensor | None = None
+    weighed: Tensor | None = None
+    if block.shape[0] > block.shape[1]:
+        outer, block = torch.linalg.qr(block)
+        weighed = metric.gram(outer)
+        metric = WholeMetric(outer.T @ weighed)  # no worse conditioned than Gamma'
+    directions, energies = group_spectrum(metric.root(block), sketch, centered, largest)
+    back = metric.inverse_root(directions)
+    lengths = torch.linalg.vector_norm(back, dim=0)
+    energies = energies * lengths.square()
+    back, lengths = back[:, :largest], lengths[:largest]
+    basis, mixed = _orthonormal(back / lengths)
+    stretched = back * lengths
+    if outer is None or weighed is None:
+        return _Oblique(energies, basis, mixed, metric.gram(stretched), lengths)
+    return _Oblique(energies, outer @ basis, mixed, weighed @ stretched, lengths)
+
+
+def _orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and upper triangular R with Q R = ``columns``, from the Cholesky factor of their Gram matrix.
+
+    That squares the condition, which is at most that of R^-1: (m / a)^(1/2). Q is orthonormal to about m / a times
+    float64's rounding.
+    """
+    upper = torch.linalg.cholesky(columns.T @ columns).T
+    return torch.linalg.solve_triangular(upper, columns, upper=True, left=False), upper
 
 
 def oblique_factors(

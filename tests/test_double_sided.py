@@ -93,6 +93,30 @@ def test_it_is_the_optimum_in_the_metric_of_the_gradients(out: int, into: int, c
             assert factors.shift is None
 
 
+@pytest.mark.parametrize("size", [None, 12])
+def test_a_tall_weight_of_low_rank_is_projected_in_the_whole_metric(size: int | None) -> None:
+    site = linear(40, 24)
+    weight = rows(40, 10, 1, 0.0) @ rows(10, 24, 5, 0.0)
+    inputs, gradients = sketched(rows(300, 24, 2)), rows(200, 40, 3)
+    seen = sketched(gradients, size=size)
+    curve = double_sided(LowRank(), site, weight, inputs, seen)
+    (part,) = seen.parts
+    metric = shrunk(gradients if size is None else part.matrix(centered=False), 0.1)
+    root, back = power(metric, 0.5), power(metric, -0.5)
+    basis = power(with_prior(inputs.parts[0], True), 0.5)
+    left = torch.linalg.svd(root @ weight @ basis).U
+    dual, largest = curve.dual, curve.largest
+    eye = torch.eye(largest, dtype=torch.float64)
+    assert torch.allclose(curve.mixed @ dual.T @ curve.basis, eye, atol=1e-10)
+    for rank in (rank for rank in curve.ranks if rank <= 10):
+        best = back @ left[:, :rank] @ left[:, :rank].T @ root
+        # Behind a rank the directions are those of Q, whatever W has there: only up to it are they unique.
+        found = curve.basis[:, :rank] @ curve.mixed[:rank, :rank] @ dual[:, :rank].T
+        assert torch.allclose(found, best, rtol=0, atol=1e-9 * float(best.abs().max())), rank
+        own = float(((weight - found @ weight) @ basis).square().sum())
+        assert curve.tail[rank] == pytest.approx(own, rel=1e-8, abs=1e-9 * curve.energy)
+
+
 def test_groups_have_metrics_of_their_own() -> None:
     site, form = conv(16, 4, 2), Channel()
     weight = rows(16, 36, 1, 0.0).reshape(16, 4, 3, 3)
@@ -130,7 +154,8 @@ def test_roots_are_inverse_to_each_other(size: int | None) -> None:
     value = rows(12, 5, 4)
     assert torch.allclose(metric.inverse_root(metric.root(value)), value, atol=1e-12)
     kept = sketch.matrix(centered=False) if size is not None else gradients
-    assert torch.allclose(metric.transposed(metric.root(value)), shrunk(kept, 0.05) @ value, atol=1e-12)
+    assert torch.allclose(metric.gram(value), shrunk(kept, 0.05) @ value, atol=1e-12)
+    assert torch.allclose(metric.scaled(2.0).gram(value), 4 * metric.gram(value), atol=1e-12)
     assert torch.allclose(metric.scaled(2.0).root(value), 2 * metric.root(value), atol=1e-12)
 
 
