@@ -268,14 +268,11 @@ def oblique_factors(
 ) -> Factors:
     """The factors of one rank of :func:`double_sided`, in the weight's dtype and on its device.
 
-    What every rank needs, ``dual^T W``, is made once and kept until the curve may rest.
+    What ranks have in common is kept until the curve may rest.
     """
     matrix = site.matrix(weight.detach()).double()
-    if "seen" not in curve.work:
-        blocks = zip(curve.dual.chunk(site.groups), matrix.chunk(site.groups), strict=True)
-        curve.work["seen"] = [dual.double().T @ block for dual, block in blocks]
-    mixes = curve.mixed.chunk(site.groups)
-    inner = [mixed[:rank, :rank] @ seen[:rank] for mixed, seen in zip(mixes, curve.work["seen"], strict=True)]
+    mixes = zip(curve.mixed.chunk(site.groups), _seen(curve, matrix, rank, site.groups), strict=True)
+    inner = [mixed[:rank, :rank] @ seen for mixed, seen in mixes]
     outer = [basis[:, :rank] for basis in curve.basis.chunk(site.groups)]
     factor_in, factor_out = (torch.cat(each).to(weight.dtype) for each in (inner, outer))
     factors = form.assemble(site, factor_in, factor_out, None)
@@ -284,3 +281,16 @@ def oblique_factors(
     first = apply_blocks(factor_in.double(), sketch.mean, site.groups)
     kept = apply_blocks(factor_out.double(), first, site.groups)
     return replace(factors, shift=apply_blocks(matrix, sketch.mean, site.groups) - kept)
+
+
+def _seen(curve: ObliqueCurve, matrix: Tensor, rank: int, groups: int) -> list[Tensor]:
+    """The first ``rank`` rows of every group's ``dual^T W``, float64; rows are made once while the curve works."""
+    kept: list[Tensor] | None = curve.work.get("seen")
+    done = 0 if kept is None else len(kept[0])
+    if done < rank:
+        blocks = zip(curve.dual.chunk(groups), matrix.chunk(groups), strict=True)
+        more = [dual[:, done:rank].double().T @ block for dual, block in blocks]
+        kept = more if kept is None else [torch.cat(both) for both in zip(kept, more, strict=True)]
+        curve.work["seen"] = kept
+    assert kept is not None
+    return [own[:rank] for own in kept]

@@ -223,7 +223,7 @@ def run_flat(gm: GraphModule, call: Call) -> Outputs:
 
 def substitutes(gm: GraphModule, site: Site, factors: Factors) -> dict[str, Tensor]:
     """Stand-ins for a site's weight and biases, by fully qualified name: the dense product of its factors."""
-    values = {site.weight: site.unmatrix(factors.dense_matrix()).to(factors.factor_in.dtype)}
+    values = {site.weight: site.unmatrix(factors.stand_in())}
     if factors.shift is not None:
         for name in site.biases:
             bias = gm.get_parameter(name).detach()

@@ -171,6 +171,21 @@ def test_few_rows_and_sketched_inputs_are_taken(form: OutputForm) -> None:
         assert list(curve.tail) == sorted(curve.tail, reverse=True)
 
 
+def test_what_ranks_have_in_common_is_made_once_and_no_further_than_asked() -> None:
+    site, form = conv(40, 4, 2), Channel()
+    weight = rows(40, 36, 1, 0.0).reshape(site.shape)
+    inputs = sketched(rows(300, 72, 2), 2)
+    curve = double_sided(form, site, weight, inputs, sketched(rows(200, 40, 3), 2))
+    alone = {}
+    for rank in curve.ranks:
+        alone[rank] = oblique_factors(form, site, weight, curve, rank, inputs).dense_matrix()
+        curve.rest()
+    for done, rank in ((2, 2), (9, 9), (9, 5)):
+        found = oblique_factors(form, site, weight, curve, rank, inputs).dense_matrix()
+        assert torch.allclose(found, alone[rank], rtol=0, atol=1e-12 * float(weight.abs().max()))
+        assert [own.shape for own in curve.work["seen"]] == 2 * [(done, 36)]
+
+
 def test_names_of_variants() -> None:
     for form, basis in (("lowrank", "gradient"), ("channel", "activation")):
         assert split_variant(variant(form, basis)) == (form, basis)

@@ -313,6 +313,24 @@ def test_outputs_are_scaled_one_by_one(kind: str) -> None:
     torch.testing.assert_close(scaled.dense_matrix(), scale[:, None] * factors.dense_matrix(), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", ["bmm", "conv2d"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_stand_in_is_the_product_as_the_dtype_rounds_it(kind: str, dtype: torch.dtype) -> None:
+    site = grouped_site(kind, 2, 30, 50, centered=False, dtype=str(dtype))
+    form = LowRank() if kind == "bmm" else Channel()
+    first, second = randn(2 * 12, 50).to(dtype), randn(60, 12, seed=1).to(dtype)
+    factors = form.assemble(site, first, second, None)
+    exact, found = factors.dense_matrix(), factors.stand_in()
+    assert (exact.dtype, found.dtype) == (torch.float64, dtype)
+    blocks = zip(second.double().abs().chunk(2), first.double().abs().chunk(2), strict=True)
+    # A sum of 12 products is off by at most 12 times the rounding of the sum of their absolute values.
+    steps = 12 if dtype == torch.float32 else 1
+    most = steps * torch.finfo(dtype).eps * torch.cat([out @ into for out, into in blocks])
+    assert bool(((found.double() - exact).abs() <= most).all())
+    if dtype != torch.float32:
+        assert torch.equal(found, exact.to(dtype))
+
+
 def test_a_group_that_saw_only_zeros_has_factors_too() -> None:
     site = grouped_site("conv1d", 2, 6, 6, centered=True, dtype="torch.float64")
     sketch = GroupedSketch(12, 2)

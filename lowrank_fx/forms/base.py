@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_fx import cost
 from lowrank_fx.gauge import LARGEST, Gauge, regauge
 from lowrank_fx.grouped_sketch import Sketch
+from lowrank_fx.moments import full_precision
 from lowrank_fx.sites import Site
 from lowrank_fx.sketch import FrequentDirections
 
@@ -122,13 +123,25 @@ class Factors:
             return self.gauge.spread(self.factor_in), self.factor_out
         return self.factor_in.flatten(1), self.factor_out.flatten(1)
 
-    def dense_matrix(self) -> Tensor:
-        """The product of the factors as stored: float64 ``[out, in]``."""
+    def dense_matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The product of the factors as stored: ``[out, in]``, multiplied in ``dtype``."""
         if self.stacked or self.factor_in.dim() == 2:
-            first, second = (matrix.double().chunk(self.groups) for matrix in self.matrices())
-            return torch.cat([out @ into for out, into in zip(second, first, strict=True)])
-        kernels = [tensor.double() for tensor in self.tensors.values()]
+            first, second = (matrix.to(dtype).chunk(self.groups) for matrix in self.matrices())
+            made = [out @ into for out, into in zip(second, first, strict=True)]
+            return made[0] if len(made) == 1 else torch.cat(made)
+        kernels = [tensor.to(dtype) for tensor in self.tensors.values()]
         return composed(kernels, self.groups).flatten(1)
+
+    def stand_in(self) -> Tensor:
+        """:meth:`dense_matrix` in the factors' dtype, for a weight while a plan is searched.
+
+        Factors in float32 are multiplied in float32, which rounds no more than the factored layer does itself.
+        """
+        dtype = self.factor_in.dtype
+        if dtype != torch.float32:
+            return self.dense_matrix().to(dtype)
+        with full_precision(self.factor_in.device):
+            return self.dense_matrix(dtype)
 
     def regauged(self) -> Factors:
         """The pair with ``rank^2`` numbers less that computes the same, in the same dtype; see ``gauge.py``.

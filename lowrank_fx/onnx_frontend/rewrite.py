@@ -31,7 +31,7 @@ _GEOMETRY = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"
 
 def substitutes(model: OnnxModel, site: Site, factors: Factors) -> dict[str, Tensor]:
     """Stand-ins for a site's weight and biases, by name: the dense product of its factors."""
-    dense = site.unmatrix(factors.dense_matrix()).to(factors.factor_in.dtype)
+    dense = site.unmatrix(factors.stand_in())
     return {site.weight: dense, **shifted(model, site, factors)}
 
 
