@@ -205,6 +205,7 @@ def call_node(
     *,
     like: Node,
     before: Node,
+    value: Any = None,
 ) -> Node:
     """Make a ``call_function`` node with a true ``meta["val"]``.
 
@@ -215,13 +216,15 @@ def call_node(
         kwargs: its keyword arguments.
         like: the node whose place in the model (module stack, source line) the new one takes over.
         before: the node in front of which it is put.
+        value: its ``meta["val"]``, where that is known; by default the operator runs on the metas of its arguments,
+            which takes milliseconds where sizes are symbols.
 
     Raises:
         PassError: an argument carries no ``meta["val"]``, or the operator does not take such arguments.
     """
     named = dict(kwargs or {})
     try:
-        value = run_on_metas(fake_mode_of(gm), op, args, named)
+        value = run_on_metas(fake_mode_of(gm), op, args, named) if value is None else value
     except PassError:
         raise
     except Exception as error:  # an operator may raise anything on arguments that do not fit

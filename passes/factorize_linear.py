@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from lowrank_fx.forms import Factors
 from lowrank_fx.passes.base import Pass, PassResult, Refusal, RewriteBudget
 from lowrank_fx.passes.edit import call_node, get_parameter, parameter_node, replace_parameter, set_parameter
+from lowrank_fx.passes.verify import fake_mode_of
 from lowrank_fx.sites import Site
 
 aten = torch.ops.aten
@@ -80,9 +81,13 @@ class FactorizeLinear(Pass):
         """Build the factors' calls in front of ``node``; the last node of them."""
         activation, bias = operands(node)
         first, second = (parameter_node(gm, name, node) for name in names)
-        inner = call_node(gm, aten.linear.default, (activation, first), like=node, before=node)
+        # The pair gives what the layer gave; in the value between, the rank is in the place of the last size.
+        whole = node.meta["val"]
+        with fake_mode_of(gm):
+            between = whole.new_empty((*whole.shape[:-1], first.meta["val"].shape[0]))
+        inner = call_node(gm, aten.linear.default, (activation, first), like=node, before=node, value=between)
         arguments = (inner, second) if bias is None else (inner, second, bias)
-        return call_node(gm, aten.linear.default, arguments, like=node, before=node)
+        return call_node(gm, aten.linear.default, arguments, like=node, before=node, value=whole)
 
 
 def register_factors(gm: GraphModule, site: Site, factors: Factors) -> tuple[str, ...]:

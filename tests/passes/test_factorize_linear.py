@@ -19,6 +19,7 @@ from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager, Refusal
 from lowrank_fx.passes.factorize_linear import FactorizeLinear
+from lowrank_fx.passes.verify import fake_mode_of, run_on_metas
 from lowrank_fx.rewrite import factorize
 from lowrank_fx.sites import Site, SiteCall
 from lowrank_fx.testing import assert_equivalent, graph_text, run_pass
@@ -140,6 +141,23 @@ def test_every_way_to_write_a_linear_layer(name: str) -> None:
     assert graph_text(gm).splitlines()[-2:] == [line, f"return (%{line.split()[0][1:]},)"]
     assert {name for name in gm.state_dict() if "w" in name} == {"w_factor_in", "w_factor_out"}
     assert_equivalent(gm, model, (rows(7, *shape[1:], seed=1),), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", [*WAYS, "transposed"])
+def test_what_is_said_of_new_nodes_is_what_the_operators_give(name: str) -> None:
+    turned = lambda m, x: F.linear(x.transpose(0, 1), m.w, m.b)  # noqa: E731
+    function, shape, weight, _ = WAYS.get(name, (turned, (3, 5, 4), (6, 4), ""))
+    gm = graph_of(Apply(function, weight), rows(*shape))
+    PassManager([FactorizeLinear(full(gm))]).run(gm)
+    made = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert len(made) == 2
+    for node in made:
+        said = node.meta["val"]
+        true = run_on_metas(fake_mode_of(gm), node.target, node.args, node.kwargs, new_guards=False)
+        assert (said.shape, said.stride(), said.dtype, said.device) == (
+            true.shape, true.stride(), true.dtype, true.device
+        )  # fmt: skip
+        assert not said.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
