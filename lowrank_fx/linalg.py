@@ -16,6 +16,10 @@ from lowrank_fx.errors import CalibrationError
 _SAFE = 200
 """Entries between 2^-200 and 2^200 can be squared, and their squares summed, in float64."""
 
+DEPENDENT = 1e-8
+"""A column that keeps no more of itself beside those before it counts as a combination of them: half the digits of
+float64 are left then."""
+
 
 def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix, largest first.
@@ -117,3 +121,26 @@ def output_spectrum(
     outer, inner = torch.linalg.qr(weight)
     values, vectors = symmetric_eigen(inner @ gram @ inner.T)
     return outer @ vectors, values.clamp(min=0)
+
+
+def least_squares(columns: Tensor, target: Tensor) -> Tensor:
+    """V^+ T, the solution of least length that minimises |V X - T|_F.
+
+    By V = Q R and a triangular system, a few times as fast as a pseudoinverse; that is for a V whose columns depend on
+    each other.
+
+    Args:
+        columns: V [m, r], float64.
+        target: T [m, n], float64.
+
+    Returns:
+        [r, n], float64.
+    """
+    if columns.shape[0] >= columns.shape[1]:
+        outer, upper = torch.linalg.qr(columns)
+        pivots = upper.diagonal().abs()
+        if bool((pivots > DEPENDENT * pivots.amax()).all()):
+            solved: Tensor = torch.linalg.solve_triangular(upper, outer.T @ target, upper=True)
+            return solved
+    found: Tensor = torch.linalg.pinv(columns) @ target
+    return found

@@ -30,6 +30,7 @@ from lowrank_fx._env import max_rewrites
 from lowrank_fx.forms import FORMS, SHARED, Factors
 from lowrank_fx.forms.split import AlternatingForm
 from lowrank_fx.gauge import Gauge
+from lowrank_fx.linalg import least_squares
 from lowrank_fx.passes.factorize_regauged import ORDER
 from lowrank_fx.plan import SitePlan
 from lowrank_fx.program import Program
@@ -171,7 +172,7 @@ def _nearest(site: Site, entry: SitePlan, weight: Tensor, factors: Factors) -> l
     made = []
     for first, second, block in zip(firsts, seconds, blocks, strict=True):
         own, behind = first.to(weight.device).double(), second.to(weight.device).double()
-        made.append((behind, own, torch.linalg.pinv(behind) @ block.double()))
+        made.append((behind, own, least_squares(behind, block.double())))
     return made
 
 

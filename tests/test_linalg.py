@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_fx.errors import CalibrationError
-from lowrank_fx.linalg import output_spectrum, psd_root, symmetric_eigen
+from lowrank_fx.linalg import least_squares, output_spectrum, psd_root, symmetric_eigen
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -140,3 +140,19 @@ def test_output_spectrum_takes_exactly_one_factor() -> None:
         output_spectrum(weight)
     with pytest.raises(ValueError, match="exactly one"):
         output_spectrum(weight, gram=weight, root=weight)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(30, 12, 12), (12, 12, 12), (30, 12, 5), (12, 30, 12)])
+def test_least_squares_is_that_of_the_pseudoinverse(rows: int, columns: int, rank: int) -> None:
+    matrix, target = low_rank(1, rows, columns, rank), gaussian(3, rows, 7)
+    expected = torch.linalg.pinv(matrix) @ target
+    # Both are off by the condition, at most 300 here, and its square where the target is not met.
+    torch.testing.assert_close(least_squares(matrix, target), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_columns_that_nearly_depend_on_each_other_have_the_solution_of_least_length() -> None:
+    matrix, target = gaussian(1, 30, 6), gaussian(3, 30, 2)
+    matrix[:, 5] = matrix[:, 0] + 1e-15 * matrix[:, 1]
+    found = least_squares(matrix, target)
+    torch.testing.assert_close(found[5], found[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(matrix.T @ (matrix @ found), matrix.T @ target, rtol=1e-9, atol=1e-9)
