@@ -24,6 +24,7 @@ from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
 from lowrank_fx.passes.restore_pairs import MergedPair
+from lowrank_fx.passes.verify import used_tensors
 from lowrank_fx.program import Factored, Outputs, Program, Trials
 from lowrank_fx.signature import CallSignature
 from lowrank_fx.sites import LeftAlone, Site, SiteTable, site_table
@@ -114,8 +115,8 @@ class GraphProgram(Program):
 
     @cached_property
     def _params(self) -> int:
-        # A copy holds only what the graph reads, as the result will.
-        return distinct_numbers(self._as_it_came().parameters())
+        read = used_tensors(self._as_it_came()).values()
+        return distinct_numbers(tensor for tensor in read if isinstance(tensor, nn.Parameter))
 
     def observed(self, table: SiteTable, observers: Mapping[str, nn.Module]) -> Callable[[Call], Outputs]:
         """A copy of the graph with the observers in it."""
@@ -206,9 +207,9 @@ class GraphProgram(Program):
         self.module.recompile()
 
     def _as_it_came(self) -> GraphModule:
-        """A copy of the graph with its pairs back in place, sharing its tensors."""
+        """The graph, or where it came with pairs a copy with them in place that shares its tensors; only to be read."""
         if not self.pairs:
-            return rewrite.copy_graph_module(self.module, clone=False)
+            return self.module
         return rewrite.factorize(self.module, {}, tuple(self.pairs.values()), clone=False)
 
     def _with(self, module: GraphModule, pairs: Mapping[str, MergedPair] | None = None) -> GraphProgram:

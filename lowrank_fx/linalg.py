@@ -113,8 +113,10 @@ def output_spectrum(
         values, vectors = symmetric_eigen(output @ output.T + ridge * (inner @ inner.T))
         return outer @ vectors, values.clamp(min=0)
     assert gram is not None
-    gram = gram.to(torch.float64, copy=True)
-    gram.diagonal().add_(ridge)
+    gram = gram.to(torch.float64)
+    if ridge:
+        gram = gram.clone()
+        gram.diagonal().add_(ridge)
     if rows <= columns:
         values, vectors = symmetric_eigen(weight @ gram @ weight.T)
         return vectors, values.clamp(min=0)

@@ -49,12 +49,12 @@ def reestimate(gm: GraphModule, factored: Factored, calls: Sequence[Call]) -> di
     """
     walk = Walk(gm)
     changes: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-    for site, factors in factored.values():
-        values.update(substitutes(gm, site, factors))
     norms = [(position, buffers) for position, node in enumerate(walk.nodes) if (buffers := _buffers(walk, node))]
     if not norms:
         return changes
+    values: dict[str, Tensor] = {}
+    for site, factors in factored.values():
+        values.update(substitutes(gm, site, factors))
     with torch.no_grad():
         taken = affordable_at(walk, [position for position, _ in norms], calls)
         originals = [walk.run(call) for call in taken]

@@ -146,7 +146,7 @@ def test_output_spectrum_takes_exactly_one_factor() -> None:
 def test_least_squares_is_that_of_the_pseudoinverse(rows: int, columns: int, rank: int) -> None:
     matrix, target = low_rank(1, rows, columns, rank), gaussian(3, rows, 7)
     expected = torch.linalg.pinv(matrix) @ target
-    # Both are off by the condition, at most 300 here, and its square where the target is not met.
+    # Both are off by the condition, at most 600 here, and its square where the target is not met.
     torch.testing.assert_close(least_squares(matrix, target), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -156,3 +156,16 @@ def test_columns_that_nearly_depend_on_each_other_have_the_solution_of_least_len
     found = least_squares(matrix, target)
     torch.testing.assert_close(found[5], found[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(matrix.T @ (matrix @ found), matrix.T @ target, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_the_gram_of_a_spectrum_stays_as_it_is(shape: tuple[int, int], ridge: float) -> None:
+    weight, root = gaussian(1, *shape), gaussian(2, 30, shape[1])
+    gram = root.T @ root
+    before = gram.clone()
+    _, energies = output_spectrum(weight, gram=gram, ridge=ridge)
+    assert torch.equal(gram, before)
+    extended = torch.cat([root, math.sqrt(ridge) * torch.eye(shape[1], dtype=torch.float64)])
+    expected = torch.linalg.svdvals(weight @ extended.T)[: len(energies)].square()
+    torch.testing.assert_close(energies, expected, rtol=1e-9, atol=1e-9)

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 from lowrank_fx.batches import Call
 from lowrank_fx.capture import capture
 from lowrank_fx.forms import Channel, Factors, LowRank
+from lowrank_fx.graph_program import GraphProgram
 from lowrank_fx.graph_sites import find_sites
 from lowrank_fx.passes import order
 from lowrank_fx.passes.base import PassManager
@@ -200,3 +201,26 @@ def test_folding_gives_one_dense_operator_per_site(dtype: torch.dtype, rtol: flo
     for site, factors in setup.factored.values():
         expected = site.unmatrix(factors.dense_matrix()).to(dtype)
         assert torch.equal(folded.get_parameter(site.weight).detach(), expected), site.name
+
+
+class Spare(nn.Module):
+    """Two layers with one weight, and one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.spare = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.again.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows of four numbers."""
+        return self.again(self.first(x)) * self.scale
+
+
+def test_a_program_counts_the_parameters_that_its_graph_reads_once() -> None:
+    call = Call((torch.ones(3, 4),), {})
+    program = GraphProgram.from_capture(capture(Spare(), call))
+    before = str(program.module.graph)
+    assert program.params() == 4 * 4 + 4
+    assert program.count_flops(call) == 2 * 2 * 3 * 4 * 4
+    assert str(program.module.graph) == before
