@@ -134,7 +134,7 @@ class GraphProgram(Program):
         walk = Walk(self.module)
         run = walk.run(call)
         for site, factors in (base or {}).values():
-            run.exchange(substitutes(self.module, site, factors))
+            run.exchange(substitutes(self.module, site, factors, exact=False))
         starts = [(min(walk.position[use.node] for use in site.calls), site) for site in sites]
         for position, site in sorted(starts, key=lambda start: start[0]):
             while run.position < position:
@@ -144,7 +144,7 @@ class GraphProgram(Program):
             def trial(factors: Factors | None, site: Site = site) -> Outputs:
                 fork = run.fork()
                 if factors is not None:
-                    fork.exchange(substitutes(self.module, site, factors))
+                    fork.exchange(substitutes(self.module, site, factors, exact=False))
                 else:
                     fork.exchange({name: self.module.get_parameter(name) for name in (site.weight, *site.biases)})
                 return fork.finish()
@@ -155,7 +155,7 @@ class GraphProgram(Program):
         """The graph with the dense products of the factors in the place of weights."""
         values: dict[str, Tensor] = {}
         for site, factors in factored.values():
-            values.update(substitutes(self.module, site, factors))
+            values.update(substitutes(self.module, site, factors, exact=False))
 
         def run(call: Call) -> Outputs:
             call = call.map(torch.clone)  # a graph may write to its inputs
@@ -222,9 +222,17 @@ def run_flat(gm: GraphModule, call: Call) -> Outputs:
     return tuple(pytree.tree_leaves(gm(*call.args, **call.kwargs)))
 
 
-def substitutes(gm: GraphModule, site: Site, factors: Factors) -> dict[str, Tensor]:
-    """Stand-ins for a site's weight and biases, by fully qualified name: the dense product of its factors."""
-    values = {site.weight: site.unmatrix(factors.stand_in())}
+def substitutes(gm: GraphModule, site: Site, factors: Factors, *, exact: bool = True) -> dict[str, Tensor]:
+    """Stand-ins for a site's weight and biases, by fully qualified name: the dense product of its factors.
+
+    Args:
+        gm: the graph.
+        site: the site.
+        factors: its factors.
+        exact: whether they are multiplied in float64, as fits to what follows from them need it; errors do not.
+    """
+    dense = factors.dense_matrix().to(factors.factor_in.dtype) if exact else factors.stand_in()
+    values = {site.weight: site.unmatrix(dense)}
     if factors.shift is not None:
         for name in site.biases:
             bias = gm.get_parameter(name).detach()

@@ -214,7 +214,8 @@ class Spare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows of four numbers."""
-        return self.again(self.first(x)) * self.scale
+        product: Tensor = self.again(self.first(x)) * self.scale
+        return product
 
 
 def test_a_program_counts_the_parameters_that_its_graph_reads_once() -> None:
