@@ -21,7 +21,7 @@ from lowrank_fx.observer import SKETCH_MEMORY, sketch_sizes
 from lowrank_fx.program import Program
 from lowrank_fx.sites import Site, SiteTable
 
-FORMAT = 5
+FORMAT = 6
 NAME = "calibration"
 
 FirstRows: TypeAlias = tuple[int, int, tuple[int, ...]]

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_fx.linalg import symmetric_eigen
+from lowrank_fx.linalg import length, symmetric_eigen
 
 _ODDS = 1e-8
 """Each of the probabilistic statements here fails with a probability of at most this over the probes."""
@@ -88,8 +88,8 @@ def missing_energy(
     count = probes.shape[1]
     turned = z @ image
     estimate = float(((z @ probes) * turned).sum()) / count
-    off = largest * slip * float(torch.linalg.vector_norm(probes)) / count
-    spread = norm_factor(count) * (float(torch.linalg.vector_norm(z.T @ turned)) + largest * slip)
+    off = largest * slip * length(probes) / count
+    spread = norm_factor(count) * (length(z.T @ turned) + largest * slip)
     top, odds = largest * delta, _LOG_ODDS / count
     above, below = estimate + off, estimate - off
     step = math.sqrt(top * odds)
@@ -100,6 +100,28 @@ def missing_energy(
     if within > 0:
         lower = max(lower, (math.sqrt(step**2 + within) - step) ** 2)
     return least, most, lower, max(0.0, upper)
+
+
+def rounding_energy(z: Tensor, probes: Tensor, image: Tensor, slip: float) -> tuple[float, float]:
+    """Bounds of <E, Z^T Z> for a symmetric matrix E of either sign, from E P.
+
+    As in :func:`missing_energy`, <Z P, Z E P> / p is a quadratic form of Gaussians about <E, Z^T Z> with the matrix
+    K = sym(Z^T Z E), of which only |K|_2 <= |K|_F <= f_p |Z^T Z E P|_F is known; Laurent and Massart 2000, Lemma 1, for
+    both signs. Each side, and f_p, fails with probability 1e-8 over P.
+
+    Args:
+        z: Z [m, d], float64, chosen without knowledge of P.
+        probes: P [d, p], float64.
+        image: E P [d, p], float64.
+        slip: the largest error of ``image`` in Frobenius norm.
+    """
+    count = probes.shape[1]
+    turned, largest = z @ image, length(z) ** 2
+    estimate = float(((z @ probes) * turned).sum()) / count
+    spread = norm_factor(count) * (length(z.T @ turned) + largest * slip)
+    odds = _LOG_ODDS / count
+    off = 2 * spread * (math.sqrt(odds) + odds) + largest * slip * length(probes) / count
+    return estimate - off, estimate + off
 
 
 def _leading(zeta: Tensor, count: float, weight: float) -> float:

@@ -12,18 +12,19 @@ shrinking all of them as [FD] does, and gives, for A the centred rows, ::
 
     |A^T A - B^T B|_2 <= |A - A_k|_F^2 / (l / 5 - k) + rho    for every k < l / 5      ([DGP], alpha = .2)
 
-because for the first k right singular vectors v_i of A, T = sum_i (|A v_i|^2 - |B v_i|^2) <= |A - A_k|_F^2 + k delta.
-The sums delta and T of merged sketches keep it. B and the buffer are float32, or float64 once such rows came; B is
-scaled by a power of two, so that its rows have squares in float32.
+because for the first k right singular vectors v_i of A, T = sum_i (|A v_i|^2 - |B v_i|^2) <= |A - A_k|_F^2 + k delta,
+up to the rounding of T. The sums delta and T of merged sketches keep it. B and the buffer are float32, or float64 once
+such rows came; B is scaled by a power of two, so that its rows have squares in float32.
 
 **What was lost**, A^T A - B^T B, is known by its trace and by products with fixed random columns, summed beside the
 stream: A^T (A P) in float64 for Gaussian P, which certifies, and A^T (A Q) in float32 for Q of sparse random signs,
 scaled like B, which plans. P and Q are independent of each other and drawn again whenever they are needed.
 
-**Rounding**, with u = 2^-53. A^T A = B^T B + sum_i M_i + E for what compressions took, M_i, and the rounding E of all
-float32 products, of B and of the rows. |E|_2 <= f |E P|_F (:func:`lowrank_fx.certificate.norm_factor`), which is known
-because A^T A P, M_i P and B^T B P are float64 products. What M_i may exceed lambda_{l+1} by is measured in each
-compression. Centring costs 16 u t for the trace t of the rows that join.
+**Rounding**, with u = 2^-53. A^T A = B^T B + M + E for the sum M of what compressions took and the rounding E of all
+float32 products, of B, of the rows and of eigenvectors. |E|_2 <= f |E P|_F, except with probability 1e-8
+(:func:`lowrank_fx.certificate.norm_factor`); E P is known because A^T A P, M P and B^T B P are float64 products. What
+compressions may have taken beyond delta, the *excess*, is measured in each (``shrinking.py``). Centring costs 16 u t
+for the trace t of the rows that join.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_fx.certificate import gaussian, missing_energy, norm_factor, nystrom_rows
+from lowrank_fx.certificate import gaussian, missing_energy, norm_factor, nystrom_rows, rounding_energy
+from lowrank_fx.linalg import length
 from lowrank_fx.moments import UNIT, Moments, block_moments, full_precision, join, reading_rho
 from lowrank_fx.shrinking import SHARE, adjoint, image, shrink
 from lowrank_fx.sparse_signs import SparseSigns, sparse_signs
@@ -44,11 +46,11 @@ _RIDGE = 0.6
 """The share of what is missing that planning spreads over all directions. Measured on the taps of a sentence encoder: 1
 would expect as much where the sketch looked as where it did not; .5 to .75 plan about equally well."""
 
-_ROUNDING_PROBES = 16
-"""At most so many of the certificate's probes measure rounding, to a factor of 1.3 at 16 of them."""
+_PLAN_SEED = 1 << 31
+"""Added to the dim: the co-sketch's probes have nothing to do with the certificate's. Generators take 32 bits of it."""
 
-_PLAN_SEED = 1 << 32
-"""Added to the dim: the co-sketch's probes have nothing to do with the certificate's."""
+_EXPONENT = 500
+"""Of the scale before any rows: those of 2^-480 scale to 2^20, and what is smaller counts as zero."""
 
 
 class _State(NamedTuple):
@@ -69,8 +71,8 @@ class Directions:
         size: l, the most rows that B has.
         device: where the state lives.
         total: the moments of the rows that have joined B.
-        delta: what shrinking took, plus the size of negative rounding eigenvalues that were clamped.
-        rounding: the bound of the rounding in B^T B.
+        delta: what shrinking took.
+        rounding: the bound of what centring rounded.
     """
 
     def __init__(self, dim: int, size: int, device: torch.device) -> None:
@@ -83,14 +85,13 @@ class Directions:
         self._capacity = -(-3 * size // 4)
         self._matrix = torch.zeros(0, dim, dtype=torch.float32, device=device)
         self._energies = self._zeros(0)
-        self._lost = 0.0
+        self._lost, self._excess, self._slip = 0.0, 0.0, 0.0
         # In bytes from l = 64 on: B 4 l d, the buffer 3 l d, the probes and the co-sketch at most 8 l d.
         probes = min(max(8, size // 4), 32)
         columns = min(dim, size, max(size // 2, 3 * size // 2 - 2 * probes - 8, 1))
-        self._probed, self._missed = self._zeros(dim, probes), self._zeros(dim, min(probes, _ROUNDING_PROBES))
+        self._probed, self._missed = self._zeros(dim, probes), self._zeros(dim, probes)
         self._planned = torch.zeros(dim, columns, dtype=torch.float32, device=device)
-        self._exponent = 1000
-        self._slip = 0.0
+        self._exponent = _EXPONENT
         self._buffer = torch.zeros(0, dim, dtype=torch.float32, device=device)
         self._buffered = 0
 
@@ -141,6 +142,7 @@ class Directions:
             self._absorb(_State(total, joining, rounding), seen=shift[None])
             self.delta += other.delta
             self._lost += other._lost
+            self._excess += other._excess
             self._slip += other._slip
             self.rounding += other.rounding
         if other._buffered > 0:
@@ -182,15 +184,19 @@ class Directions:
         return rows, _RIDGE * missing / self.dim
 
     def rho(self, centered: bool = True) -> float:
-        """The bound of all rounding, as an eigenvalue of the Gram matrix."""
-        return self._rho(self._state(), centered)
+        """The bound of all rounding, as an eigenvalue of the Gram matrix; may fail with probability 2e-8."""
+        state = self._state()
+        inexact, slip = self._inexact()
+        measured = norm_factor(inexact.shape[1]) * (length(inexact) + slip)
+        return reading_rho(self.rounding + state.rounding + self._excess + measured, state.total, centered)
 
     def certificate(self, z: Tensor, centered: bool = True, *, certain: bool = False) -> tuple[float, float]:
         """Bounds of |Z A^T|_F^2 for Z [m, d] in float64 on this device; the lower one may be negative.
 
-        delta and rho bound what is missing; its trace, which is known, tightens both sides, and so do the probes,
-        except with probability 3e-8 over them (:func:`lowrank_fx.certificate.missing_energy`). ``certain`` leaves the
-        probes out.
+        It is |Z B^T|_F^2 + <M, Z^T Z> + <E, Z^T Z>. M >= 0 is at most delta and the excess, and its trace is known;
+        that, the bound of E and the probes limit both (:func:`lowrank_fx.certificate.missing_energy`,
+        :func:`lowrank_fx.certificate.rounding_energy`), except with probability 8e-8 over the probes. ``certain``
+        leaves out what the probes say of this Z; they still measure E and the excess.
         """
         state = self._state()
         root = [self._kept(), state.joining]
@@ -198,23 +204,20 @@ class Directions:
             root.append(state.total.mean[None] * math.sqrt(state.total.rows))
         energy = float((z @ torch.cat(root).T).square().sum())
         weight = float(z.square().sum())
-        rho = self._rho(state, centered)
-        lower, upper = energy - rho * weight, energy + (self.delta + rho) * weight
-        if self.delta > 0:
-            # What is missing has eigenvalues down to -rho; with rho added to all of them it is positive semidefinite.
-            probes = self._probes()
-            missing = self._probed - self._kept_times(probes) + rho * probes
-            rounding = 4 * (self.dim + self.size) * UNIT * self.total.energy
-            slip = self._slip + rounding * float(torch.linalg.vector_norm(probes))
-            lost = self.total.energy - float(torch.linalg.vector_norm(root[0])) ** 2
-            trace = (max(0.0, lost - rounding), max(0.0, lost) + rounding + 2 * self.dim * rho)
-            least, most, low, high = missing_energy(z, self.delta + 2 * rho, trace, probes, missing, slip)
-            if not certain:
-                least, most = max(least, low), min(most, high)
-            # rho once for the shift, and once for the rounding of ``energy``.
-            lower = max(lower, energy + least - 2 * rho * weight)
-            upper = min(upper, energy + most)
-        return lower, upper
+        reading = reading_rho(self.rounding + state.rounding, state.total, centered) * weight
+        probes = self._probes()
+        inexact, slip = self._inexact()
+        widest = norm_factor(probes.shape[1]) * (length(inexact) + slip)
+        # |trace of E| <= sqrt(d) |E|_F; the squared norms are off by less than 4 (d + l) u of all energy.
+        lost = self.total.energy - float(torch.linalg.vector_norm(root[0])) ** 2
+        unsure = math.sqrt(self.dim) * widest + 4 * (self.dim + self.size) * UNIT * self.total.energy
+        trace = (max(0.0, lost - unsure), max(0.0, lost + unsure))
+        least, most, low, high = missing_energy(z, self.delta + self._excess, trace, probes, self._missed, self._slip)
+        if certain:
+            return energy + least - widest * weight - reading, energy + most + widest * weight + reading
+        under, over = rounding_energy(z, probes, inexact, slip)
+        lower = energy + max(least, low) + max(under, -widest * weight) - reading
+        return lower, energy + min(most, high) + min(over, widest * weight) + reading
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is this mode's own in the state of a sketch, copied."""
@@ -222,7 +225,7 @@ class Directions:
             "matrix": self._matrix.clone(),
             "energies": self._energies.clone(),
             "buffer": self._buffer[: self._buffered].clone(),
-            "lost": torch.tensor([self._lost, self._slip, self._exponent], dtype=torch.float64),
+            "lost": torch.tensor([self._lost, self._excess, self._slip, self._exponent], dtype=torch.float64),
             "probed": self._probed.clone(),
             "missed": self._missed.clone(),
             "planned": self._planned.clone(),
@@ -245,7 +248,7 @@ class Directions:
                 f"matrix has shape {tuple(self._matrix.shape)} beside {tuple(self._energies.shape)} energies"
             )
         self._probed, self._missed, self._planned = state["probed"], state["missed"], state["planned"]
-        self._lost, self._slip, exponent = state["lost"].tolist()
+        self._lost, self._excess, self._slip, exponent = state["lost"].tolist()
         self._exponent = int(exponent)
         buffer = state["buffer"]
         self._buffered = buffer.shape[0]
@@ -255,14 +258,11 @@ class Directions:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def _rho(self, state: _State, centered: bool) -> float:
-        """``rho`` of a state that :meth:`_state` gave: what was bounded so far, and what the probes measure now."""
-        columns = self._missed.shape[1]
-        probes = self._probes()[:, :columns]
-        missed = float(torch.linalg.vector_norm(self._probed[:, :columns] - self._missed - self._kept_times(probes)))
-        norm, factor = float(torch.linalg.vector_norm(probes)), norm_factor(columns)
-        missed += self._slip + 4 * (self.dim + self.size) * UNIT * self.total.energy * norm
-        return reading_rho(self.rounding + state.rounding + factor * missed, state.total, centered)
+    def _inexact(self) -> tuple[Tensor, float]:
+        """E P [d, p], float64, and what that may be off by in Frobenius norm."""
+        probes = self._probes()
+        slip = 2 * self._slip + 4 * (self.dim + self.size) * UNIT * self.total.energy * length(probes)
+        return self._probed - self._missed - self._kept_times(probes), slip
 
     def _kept_times(self, probes: Tensor) -> Tensor:
         """B^T (B P) [d, p], float64."""
@@ -297,13 +297,14 @@ class Directions:
         if seen is not None:
             scaled = self._scaled(state.joining)
         owed = SHARE * self.size * self.delta - self._lost
-        probes = self._probes()[:, : self._missed.shape[1]]
-        done = shrink(self._matrix, self._energies, scaled, self.size, self._squared(owed), probes)
+        done = shrink(self._matrix, self._energies, scaled, self.size, self._squared(owed), self._probes())
         self._matrix, self._energies = done.matrix, done.energies
         self.delta += self._unsquared(done.delta)
         self._lost += self._unsquared(done.trace)
         self._missed += done.missed * 2.0**-self._exponent * 2.0**-self._exponent
-        self.rounding += state.rounding + self._unsquared(done.rounding)
+        self._excess += self._unsquared(done.excess)
+        self._slip += self._unsquared(done.slip)
+        self.rounding += state.rounding
         self.total = state.total
 
     def _scaled(self, rows: Tensor) -> Tensor:
@@ -341,8 +342,7 @@ class Directions:
         self._probed.addmm_(rows.T, rows @ probes)
         lengths = torch.linalg.vector_norm(rows, dim=1)
         energy, peak = torch.stack([lengths @ lengths, lengths.amax()]).tolist()
-        norm = float(torch.linalg.vector_norm(probes))
-        self._slip += ((self.dim + rows.shape[0] + 16) * energy + 2 * self.total.energy) * UNIT * norm
+        self._slip += ((self.dim + rows.shape[0] + 16) * energy + 2 * self.total.energy) * UNIT * length(probes)
         if peak > 0:
             # Rows of length up to 2^20 leave room for sums of squares in float32, and for the squares of small entries.
             self._rescale(20 - math.frexp(peak)[1])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx.certificate import gaussian
-from lowrank_fx.linalg import psd_root
+from lowrank_fx.linalg import length, psd_root
 from lowrank_fx.moments import UNIT, Moments, block_moments, full_precision, join, panels, reading_rho
 
 BLOCK_ROWS = 4096
@@ -182,7 +182,7 @@ class ExactGram:
         reading = self._read()
         joined, missed = reading.joined, reading.missed
         if missed is None:
-            missed = float(torch.linalg.vector_norm(self.gram() @ self._probes - joined.probed))
+            missed = length(self.gram() @ self._probes - joined.probed)
             self._last = reading._replace(missed=missed)
         energy = joined.total.energy
         rounding = joined.rounding + (_PROBE_FACTOR * missed + self._probe_rounding((self.dim + 2) * energy))

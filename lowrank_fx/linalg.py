@@ -17,8 +17,8 @@ _SAFE = 200
 """Entries between 2^-200 and 2^200 can be squared, and their squares summed, in float64."""
 
 DEPENDENT = 1e-8
-"""A column that keeps no more of itself beside those before it counts as a combination of them: half the digits of
-float64 are left then."""
+"""A column that brings no more than this share of the longest beside those before it counts as a combination of them:
+half the digits of float64 are left then."""
 
 
 def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,12 @@ def symmetric_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     half = 1.0 if 2.0**-_SAFE < peak < 2.0**_SAFE else 2.0 ** (math.frexp(peak)[1] // 2)
     values, vectors = torch.linalg.eigh(a if half == 1.0 else a / half / half)
     return values.flip(0) * half * half, vectors.flip(1)
+
+
+def length(tensor: Tensor) -> float:
+    """The Frobenius norm of a tensor whose squares may leave the range of float64."""
+    peak = float(tensor.abs().amax()) if tensor.numel() else 0.0
+    return peak * float(torch.linalg.vector_norm(tensor / peak)) if 0 < peak < math.inf else peak
 
 
 def psd_root(gram: Tensor) -> Tensor:

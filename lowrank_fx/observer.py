@@ -33,11 +33,11 @@ def sketch_sizes(taps: Iterable[Tap], forced: int | None, memory: int) -> dict[s
 
     Then the widest taps move to Frequent Directions first; taps of one width move together, so that the sketches of a
     weight that is applied twice can be merged. Their size comes from an equal share of what the exact taps leave of the
-    memory (a sketch of l rows holds at most 16 l d bytes, its buffer and co-sketches among them), and is at least
-    ``MIN_SKETCH``. Taps of at most twice that width stay exact, because no sketch of them would be smaller: the exact
-    state holds 8 d^2 bytes (blocks of few rows that wait to be summed come on top, at most half as much where d is at
-    least 256). ``memory`` is exceeded only where the least sizes do not fit. A tap of g groups counts as
-    g taps of the width of one group.
+    memory (a sketch of l rows holds at most 16 l d bytes, its buffer and co-sketches among them; 22 l d of float64
+    rows, which exceed it by as much), and is at least ``MIN_SKETCH``. Taps of at most twice that width stay exact,
+    because no sketch of them would be smaller: the exact state holds 8 d^2 bytes (blocks of few rows that wait to be
+    summed come on top, at most half as much where d is at least 256). ``memory`` is exceeded only where the least sizes
+    do not fit. A tap of g groups counts as g taps of the width of one group.
     """
     taps = list(taps)
     widths = {tap.name: tap.width // tap.groups for tap in taps}

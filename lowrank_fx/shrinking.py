@@ -3,7 +3,7 @@
 With S the s stacked rows and S S^T = V diag(lambda) V^T, lambda descending, the new B is D V_l^T S. D_i^2 is 1, or
 1 - lambda_{l+1} / lambda_i for the last h of the l directions, those that *pay*. What is lost is ::
 
-    M = S^T V (I - D^2) V^T S,    0 <= M <= lambda_{l+1} I + rounding,    trace(M) = dropped + h lambda_{l+1}
+    M = S^T V (I - D^2) V^T S,    0 <= M <= (lambda_{l+1} + excess) I,    trace(M) = dropped + h lambda_{l+1}
 
 with D_i = 0 for the directions that are dropped. Products run in the rows' own dtype, float32 as a rule: they are most
 of the work. Their rounding is measured and not bounded by the worst case, which is thousands of times what happens:
@@ -11,12 +11,14 @@ of the work. Their rounding is measured and not bounded by the worst case, which
 - of S S^T, in the directions that M is made of and no others, because with G for what was decomposed in place of S S^T
   and W^2 = I - D^2, M <= (lambda_{l+1} + |W V^T (S S^T - G) V W|) I. In G the rows of B, which are orthogonal up to
   rounding, count as orthogonal.
-- of D V_l^T S, by the caller: M P is returned for its probes P, and whatever is missing from A^T A P beyond the sum of
-  all M P is rounding.
+- of D V_l^T S and of V, by the caller: M P is returned for its probes P, and whatever is missing from A^T A P beyond
+  the sum of all M P is rounding.
 
-With u = 2^-53, t the trace of S S^T and Q the s x 16 probes here, what remains is 3 s u t for the eigen decomposition
-(backward error and twice V's orthonormality, LAPACK Users' Guide, section 4.7, with p(s) = s) and (2 s + d + 16) u t
-|P|_F, and |Q|_F, for the float64 products with probes (inner products; Higham 2002, eq. 3.5).
+With u = 2^-53, t the trace of S S^T and Q the s x 16 probes here, the float64 products with probes are off by
+(3 s + d + 16) u t |P|_F, and |Q|_F: two of inner length s, one of d, one of s again. The worst case of an inner product
+(Higham 2002, eq. 3.5) is taken for what its error is, and not also the sqrt(s) of a dense V; rounding errors that are
+not all of one sign stay sqrt(s) below that (Higham and Mary 2019, "A new approach to probabilistic rounding error
+analysis", SIAM J. Sci. Comput. 41(5)).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lowrank_fx.certificate import gaussian, norm_factor
-from lowrank_fx.linalg import symmetric_eigen
+from lowrank_fx.linalg import length, symmetric_eigen
 from lowrank_fx.moments import UNIT, full_precision, panels
 
 SHARE = 0.2
@@ -48,10 +50,11 @@ class Shrunk(NamedTuple):
     Attributes:
         matrix: the new B [l', d], l' <= l, in the dtype of the old one.
         energies: squared lengths of its rows [l'], float64.
-        delta: lambda_{l+1}, plus the size of a negative rounding eigenvalue.
+        delta: lambda_{l+1}.
         trace: of M.
         missed: M P [d, p], float64.
-        rounding: how far M may exceed lambda_{l+1} I, and what the float64 products with P may be off by.
+        slip: what ``missed`` may be off by, in Frobenius norm.
+        excess: how far M may exceed lambda_{l+1} I.
     """
 
     matrix: Tensor
@@ -59,7 +62,8 @@ class Shrunk(NamedTuple):
     delta: float
     trace: float
     missed: Tensor
-    rounding: float
+    slip: float
+    excess: float
 
 
 def shrink(matrix: Tensor, energies: Tensor, joining: Tensor, size: int, owed: float, probes: Tensor) -> Shrunk:
@@ -86,11 +90,9 @@ def shrink(matrix: Tensor, energies: Tensor, joining: Tensor, size: int, owed: f
     gone[:remaining] -= spared
     own_probes = gaussian(len(gone), _PROBES, len(gone)).to(gone.device)
     missed, wrong = _measured(matrix, joining, values, vectors, gone, probes, own_probes)
-    stacked, steps = len(gone), (2 * len(gone) + matrix.shape[1] + 16) * UNIT * total
-    norm, own_norm = (float(torch.linalg.vector_norm(probe)) for probe in (probes, own_probes))
-    rounding = 3 * stacked * UNIT * total + norm_factor(probes.shape[1]) * steps * norm
-    rounding += norm_factor(_PROBES, _ODDS) * (wrong + steps * own_norm)
-    return Shrunk(rotated, values[:remaining] * spared, delta, trace, missed, rounding)
+    steps = (3 * len(gone) + matrix.shape[1] + 16) * UNIT * total
+    excess = norm_factor(_PROBES, _ODDS) * (wrong + steps * length(own_probes))
+    return Shrunk(rotated, values[:remaining] * spared, delta, trace, missed, steps * length(probes), excess)
 
 
 def image(matrix: Tensor, right: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def _spared(values: Tensor, size: int, owed: float) -> tuple[Tensor, float, floa
     left[first:] = (left[first:] - shrunk).clamp(min=0)
     remaining = int((left > 0).sum())
     spared = left[:remaining] / values[:remaining]
-    return spared, shrunk + max(0.0, -spectrum[-1]), dropped + paying * shrunk
+    return spared, shrunk, dropped + paying * shrunk
 
 
 def _measured(
@@ -163,7 +165,7 @@ def _measured(
     missed, seen = back[:, : probes.shape[1]], back[:, probes.shape[1] :]
     found = vectors.T @ torch.cat([image(matrix, seen), image(joining, seen)])
     wrong = weights * found - (gone * values)[:, None] * own_probes
-    return missed, float(torch.linalg.vector_norm(wrong))
+    return missed, length(wrong)
 
 
 def _rows_of(matrix: Tensor) -> int:

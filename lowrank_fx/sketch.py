@@ -28,7 +28,7 @@ class FrequentDirections:
         -rho I <= A^T A - H <= (delta + rho) I                                                             (1)
         |A^T A - H|_2 <= |A - A_k|_F^2 / (l / 5 - k) + rho    for every k < l / 5                            (2)
 
-    delta is what shrinking took, plus the size of negative rounding eigenvalues that were clamped; 0 in exact mode.
+    delta is what shrinking took; 0 in exact mode.
     Why (2) holds, and what else is known of what was lost, is said in ``directions.py``. rho bounds the rounding, and
     is derived where it arises: in float32 products (``exact_gram.py``), in compressions (``shrinking.py``), in means
     and in the evaluation of |Z H Z^T| (``moments.py``). Centring is exact, by an extra row whenever a block or another
@@ -188,7 +188,7 @@ class FrequentDirections:
         """What plans are made from: rows F and a number c such that F^T F + c I estimates the Gram matrix.
 
         F holds :meth:`matrix` and, in FD mode, the part N of what is missing that the co-sketch A^T (A Q) of fixed
-        Gaussian columns Q sees (Nystrom's approximation); of the trace that is missing then, a share is spread over all
+        random signs Q sees (Nystrom's approximation); of the trace that is missing then, a share is spread over all
         directions (in the spirit of robust frequent directions, Luo et al. 2019). An estimate, certified by nothing:
         :meth:`certificate` uses other probes, and so holds for what is planned from it.
 
@@ -196,7 +196,7 @@ class FrequentDirections:
             centered: for the rows minus their mean; False for the rows as they came.
 
         Returns:
-            F [l', d], float64, l' <= 13 l / 4 + 3 in FD mode; c, 0 in exact mode.
+            F [l', d], float64, l' <= 11 l / 4 + 3 in FD mode; c, 0 in exact mode.
         """
         return self._kept.completed(centered)
 
@@ -205,12 +205,13 @@ class FrequentDirections:
 
         By (1), |Z M^T|_F^2 - rho |Z|_F^2 <= |Z A^T|_F^2 <= |Z M^T|_F^2 + (delta + rho) |Z|_F^2 for M^T M = H. In FD
         mode the trace of what is missing, which is known, tightens both sides, and so do the probes, except with
-        probability 3e-8 over them (:func:`lowrank_fx.certificate.missing_energy`).
+        probability 8e-8 over them (:func:`lowrank_fx.certificate.missing_energy`).
 
         Args:
             z: Z [m, d], any floating dtype; chosen without knowledge of the probes, as everything in this package is.
             centered: for the rows minus their mean; False for the rows as they came.
-            certain: leave the probes of FD mode out, so that the bounds hold whatever Z.
+            certain: leave out what the probes of FD mode say of Z, so that the bounds hold whatever Z. rho stays
+                measured by them.
 
         Returns:
             The lower and the upper bound, in the squared unit of the layer's output; the lower one is at least 0.

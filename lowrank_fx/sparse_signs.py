@@ -1,6 +1,6 @@
 """Sparse random signs: a matrix Q of few nonzero entries a row, whose products with rows cost next to nothing.
 
-Each of the d rows of Q has at most 8 entries of +1 or -1, in random columns. To approximate a matrix from its products
+Each of the d rows of Q has about 8 entries of +1 or -1, in random columns. To approximate a matrix from its products
 with Q such entries do as well as dense ones in practice; source: Tropp, Yurtsever, Udell, Cevher 2019, "Streaming
 low-rank matrix approximation with an application to scientific simulation", SIAM J. Sci. Comput. 41(4), section 3.3.
 """
@@ -38,20 +38,21 @@ class SparseSigns(NamedTuple):
 
     def dense(self) -> Tensor:
         """Q itself [d, c], float64."""
-        columns = torch.arange(self.rows.shape[0]).repeat_interleave(self.rows.shape[1])
-        made = torch.zeros(self.dim, self.rows.shape[0], dtype=torch.float64)
-        return made.index_put_((self.rows.flatten(), columns), self.signs.flatten().double(), accumulate=True)
+        made = torch.zeros(self.rows.shape[0], self.dim, dtype=torch.float64, device="cpu")
+        return made.scatter_add_(1, self.rows, self.signs.double()).T
 
 
 @functools.lru_cache(maxsize=4)
 def sparse_signs(dim: int, columns: int, seed: int) -> SparseSigns:
     """Q [dim, columns] on the CPU: the same on every call, so that sketches can be merged.
 
-    Every column has equally many entries, and no row more than 8: rows are dealt out in random order, over and over.
+    Every column has equally many entries, and so has every row up to one: rows are dealt out in random order, over and
+    over. Of few rows each column has at least one.
     """
     generator = torch.Generator().manual_seed(seed)
     in_a_column = max(1, min(_ENTRIES, columns) * dim // columns)
-    dealt = [torch.randperm(dim, generator=generator) for _ in range(-(-in_a_column * columns // dim))]
+    rounds = -(-in_a_column * columns // dim)
+    dealt = [torch.randperm(dim, generator=generator, device="cpu") for _ in range(rounds)]
     rows = torch.cat(dealt)[: in_a_column * columns].view(columns, in_a_column)
-    signs = 1.0 - 2.0 * torch.randint(0, 2, rows.shape, generator=generator)
-    return SparseSigns(dim, rows, signs)
+    heads = torch.randint(0, 2, rows.shape, generator=generator, device="cpu")
+    return SparseSigns(dim, rows, 1 - 2 * heads.to(torch.float32))

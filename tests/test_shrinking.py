@@ -44,9 +44,10 @@ def test_what_is_lost_is_what_was_said(dtype: torch.dtype, decay: float, owed: f
     # Float32 rounds each product to 6e-8, and its sums of 150 about as well; float64 to its own.
     rounding = (1e-6 if dtype == torch.float32 else 1e-14) * float(before.trace())
     assert float(spectrum[0]) >= -rounding
-    assert float(spectrum[-1]) <= done.delta + done.rounding + rounding
+    assert float(spectrum[-1]) <= done.delta + done.excess + rounding
     assert float(lost.trace()) == pytest.approx(done.trace, abs=4 * rounding)
     torch.testing.assert_close(done.missed, lost @ PROBES, rtol=0, atol=10 * rounding)
+    assert 0 < done.slip <= 1e-11 * float(before.trace())
     torch.testing.assert_close(done.energies, done.matrix.double().square().sum(1), rtol=1e-3, atol=rounding)
     # T makes up for what is owed and comes to (l / 5) delta, unless all l directions paying is less than that.
     assert done.trace >= min(SHARE * SIZE * done.delta + owed, SIZE * done.delta) - 4 * rounding
@@ -55,15 +56,15 @@ def test_what_is_lost_is_what_was_said(dtype: torch.dtype, decay: float, owed: f
     assert float((row_gram - torch.diag(row_gram.diagonal())).abs().max()) <= rounding
 
 
-def test_the_bound_of_rounding_covers_what_rounding_does() -> None:
+def test_the_excess_covers_what_wrong_lengths_do() -> None:
     """Rows that are longer than they are counted: what that does to lambda is measured, and covered."""
     matrix, energies, joining = stack(torch.float32)
     off = 1.01 * matrix
     done, silent = (shrink(given, energies, joining, SIZE, 0.0, PROBES) for given in (off, matrix))
     lost = dense(torch.cat([off, joining])) - dense(done.matrix)
     excess = float(torch.linalg.eigvalsh(lost)[-1]) - done.delta
-    assert excess > 2 * silent.rounding  # without measuring it, the bound would be wrong
-    assert excess <= done.rounding
+    assert excess > 2 * silent.excess  # without measuring it, the bound would be wrong
+    assert excess <= done.excess
 
 
 def test_a_stack_that_fits_loses_nothing() -> None:
@@ -78,7 +79,7 @@ def test_zero_rows_are_dropped() -> None:
     rows = torch.zeros(5, DIM)
     done: Shrunk = shrink(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.float64), rows, SIZE, 0.0, PROBES)
     assert done.matrix.shape == (0, DIM)
-    assert (done.delta, done.trace, done.rounding) == (0.0, 0.0, 0.0)
+    assert (done.delta, done.trace, done.slip, done.excess) == (0.0, 0.0, 0.0, 0.0)
     assert not bool(done.missed.any())
 
 
@@ -113,6 +114,21 @@ def test_products_with_sparse_signs(dim: int, columns: int) -> None:
     torch.testing.assert_close(made.times(rows).double(), rows.double() @ dense_signs, rtol=1e-5, atol=1e-5)
     assert torch.equal(sparse_signs.__wrapped__(dim, columns, 5).dense(), dense_signs)
     assert dim * columns == 1 or not torch.equal(sparse_signs(dim, columns, 6).dense(), dense_signs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sparse_signs_ask_for_no_default(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        made = sparse_signs.__wrapped__(30, 9, 4)
+        rows = torch.ones(2, 30, dtype=torch.float32, device="cpu")
+        assert made.times(rows).dtype == torch.float32
+        assert made.dense().device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(made.dense(), sparse_signs(30, 9, 4).dense())
 
 
 def test_sparse_signs_look_at_every_row_equally_often() -> None:

@@ -132,13 +132,13 @@ class OnnxProgram(Program):
 
     def trials(self, call: Call, sites: Sequence[Site], base: Factored | None = None) -> Trials:
         """One whole run per trial: a session gives no way to start behind a site."""
-        kept = {name: rewrite.substitutes(self.model, *own) for name, own in (base or {}).items()}
+        kept = {name: rewrite.substitutes(self.model, *own, exact=False) for name, own in (base or {}).items()}
         for site in sites:
 
             def trial(factors: Factors | None, site: Site = site) -> Outputs:
                 values = {key: value for name, own in kept.items() if name != site.name for key, value in own.items()}
                 if factors is not None:
-                    values.update(rewrite.substitutes(self.model, site, factors))
+                    values.update(rewrite.substitutes(self.model, site, factors, exact=False))
                 return self._run(call, values)
 
             yield site, trial
@@ -147,7 +147,7 @@ class OnnxProgram(Program):
         """The session with the dense products of the factors in the place of weights."""
         values: dict[str, Tensor] = {}
         for site, factors in factored.values():
-            values.update(rewrite.substitutes(self.model, site, factors))
+            values.update(rewrite.substitutes(self.model, site, factors, exact=False))
         return lambda call: self._run(call, values)
 
     def probed(self, nodes: Sequence[str]) -> Callable[[Call], tuple[Outputs, dict[str, Tensor]]]:

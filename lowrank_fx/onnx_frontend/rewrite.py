@@ -29,10 +29,17 @@ from lowrank_fx.sites import Site
 _GEOMETRY = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
-def substitutes(model: OnnxModel, site: Site, factors: Factors) -> dict[str, Tensor]:
-    """Stand-ins for a site's weight and biases, by name: the dense product of its factors."""
-    dense = site.unmatrix(factors.stand_in())
-    return {site.weight: dense, **shifted(model, site, factors)}
+def substitutes(model: OnnxModel, site: Site, factors: Factors, *, exact: bool = True) -> dict[str, Tensor]:
+    """Stand-ins for a site's weight and biases, by name: the dense product of its factors.
+
+    Args:
+        model: the model.
+        site: the site.
+        factors: its factors.
+        exact: whether they are multiplied in float64, as weights that stay are; measured errors do not need it.
+    """
+    dense = factors.dense_matrix().to(factors.factor_in.dtype) if exact else factors.stand_in()
+    return {site.weight: site.unmatrix(dense), **shifted(model, site, factors)}
 
 
 def shifted(model: OnnxModel, site: Site, factors: Factors) -> dict[str, Tensor]:
