@@ -40,7 +40,7 @@ WIDE = ((4096, 512, None), (11008, 1024, 0.67))
 MOST_MEMORY = 0.25
 """The share of an exact Gram's memory that is asked for at most, the buffer among it."""
 
-WIDE_ROWS, WIDE_BLOCK, WIDE_ROUNDS = 1536, 768, 3
+WIDE_ROWS, WIDE_BLOCK, WIDE_ROUNDS = 1536, 768, 9
 """Rows per turn: two or more compressions of a sketch that is full."""
 
 

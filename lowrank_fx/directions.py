@@ -309,7 +309,8 @@ class Directions:
 
     def _scaled(self, rows: Tensor) -> Tensor:
         """Rows [n, d] in the scale and dtype of B."""
-        return (rows * 2.0**self._exponent).to(self._matrix.dtype)
+        scaled = torch.empty_like(rows, dtype=self._matrix.dtype)
+        return torch.mul(rows, 2.0**self._exponent, out=scaled)
 
     def _squared(self, value: float) -> float:
         """A squared length in the scale of B."""

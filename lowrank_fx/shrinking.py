@@ -24,6 +24,7 @@ analysis", SIAM J. Sci. Comput. 41(5)).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def shrink(matrix: Tensor, energies: Tensor, joining: Tensor, size: int, owed: f
 
 def image(matrix: Tensor, right: Tensor) -> Tensor:
     """A matrix [s, d] of any dtype times ``right`` [d, p], in float64 throughout: [s, p]."""
-    return torch.cat([part.to(torch.float64) @ right for part in _parts(matrix)])
+    return torch.cat([part @ right for part in _parts(matrix)])
 
 
 def adjoint(matrix: Tensor, left: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def adjoint(matrix: Tensor, left: Tensor) -> Tensor:
     # Transposed: the product then runs along the memory of the rows.
     whole = left.new_zeros(left.shape[1], matrix.shape[1])
     for part, own in zip(_parts(matrix), torch.split(left, _rows_of(matrix)), strict=True):
-        whole.addmm_(own.T, part.to(torch.float64))
+        whole.addmm_(own.T, part)
     return whole.T
 
 
@@ -175,5 +176,12 @@ def _rows_of(matrix: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // matrix.shape[1])
 
 
-def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(matrix, _rows_of(matrix))
+def _parts(matrix: Tensor) -> Iterator[Tensor]:
+    """A matrix in float64, some rows at a time; each part holds until the next one is asked for."""
+    if matrix.dtype == torch.float64:
+        yield matrix
+        return
+    # One piece of memory for all of them: fresh memory would cost more than the conversion.
+    memory = matrix.new_empty(min(_rows_of(matrix), matrix.shape[0]), matrix.shape[1], dtype=torch.float64)
+    for part in torch.split(matrix, _rows_of(matrix)):
+        yield memory[: part.shape[0]].copy_(part)
