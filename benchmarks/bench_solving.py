@@ -151,7 +151,7 @@ def products(seconds: float) -> Iterator[str]:
 
 
 def _panel_products(x: Tensor) -> list[Tensor]:
-    return [x[:, start:].T @ x[:, start:stop] for start, stop in panels(x.shape[1])]
+    return [x[:, start:stop].T @ x[:, start:] for start, stop in panels(x.shape[1])]
 
 
 def gemm_decision(whole: list[float], alone: list[float]) -> str:
@@ -242,7 +242,7 @@ class Block(NamedTuple):
         rows: float32 ``[n, d]``.
         probes: float64 ``[d, p]``, the last column zeros.
         extra: float64 ``[2, d]``, two rows more.
-        sums: float64, a tensor per panel of the lower triangle. In one matrix, compiled code would copy all of it.
+        sums: float64, a tensor per panel of a triangle. In one matrix, compiled code would copy all of it.
         scale: what the rows are multiplied by.
     """
 
@@ -258,7 +258,7 @@ class Block(NamedTuple):
         dim = rows.shape[1]
         probes = gaussian(dim, exact._PROBES, dim)
         probes = torch.cat([probes, torch.zeros_like(probes[:, :1])], 1)
-        sums = (torch.zeros(dim - start, stop - start, dtype=torch.float64) for start, stop in panels(dim))
+        sums = (torch.zeros(stop - start, dim - start, dtype=torch.float64) for start, stop in panels(dim))
         return cls(rows, probes, torch.zeros(2, dim, dtype=torch.float64), tuple(sums), 2.0**20)
 
 
@@ -286,12 +286,12 @@ def block_work(block: Block, whole: bool) -> tuple[Tensor, Tensor]:
         probed.addmm_(image.T, exactly)
         energy += exactly.square().sum() if whole else torch.dot(exactly.flatten(), exactly.flatten())
     for total, (start, stop) in zip(block.sums, panels(dim), strict=True):
-        panel = (shifted[:, start:].T @ shifted[:, start:stop]).double()
+        panel = (shifted[:, start:stop].T @ shifted[:, start:]).double()
         if whole:
-            first, second = (row[start:, None] * row[start:stop] for row in extra)
+            first, second = (row[start:stop, None] * row[start:] for row in extra)
             total.add_(panel * scale**-2 + first + second)
         else:
-            total.add_(panel.addmm_(extra[:, start:].T, extra[:, start:stop], beta=scale**-2))
+            total.add_(panel.addmm_(extra[:, start:stop].T, extra[:, start:], beta=scale**-2))
     return probed, energy
 
 
@@ -453,7 +453,7 @@ PROFILES = (
 )
 PRODUCTS = (
     "A block of rows that an observer takes in, against a float32 product of the block with itself; both counted as "
-    "2 rows d^2 FLOPs. An observer computes the lower triangle in panels (7/12 of that), shifts the rows, sums in "
+    "2 rows d^2 FLOPs. An observer computes a triangle in panels (7/12 of that), shifts the rows, sums in "
     "float64 and measures the rounding by float64 probes."
 )
 PATCHES = (
