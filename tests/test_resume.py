@@ -179,7 +179,7 @@ def test_a_missing_a_foreign_and_an_older_file_are_refused(whole: dict[str, Cali
         Calibration.load(tmp_path)
     whole["exact"].save(tmp_path)
     edit(tmp_path, lambda data: data.update(format=99))
-    with pytest.raises(StorageError, match=r"calibration\.json: format 5 is expected, the file says 99"):
+    with pytest.raises(StorageError, match=r"calibration\.json: format 6 is expected, the file says 99"):
         Calibration.load(tmp_path)
     edit(tmp_path, lambda data: data.update(kind="plan"))
     with pytest.raises(StorageError, match=r"calibration\.json: this is not a calibration of lowrank_fx"):
