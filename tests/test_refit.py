@@ -110,8 +110,10 @@ def test_with_a_bias_the_regression_on_the_refitted_output_is_the_identity(net: 
     centred = actual - actual.mean(0)
     slope = (centred * (wanted - wanted.mean(0))).mean(0) / centred.square().mean(0)
     intercept = wanted.mean(0) - slope * actual.mean(0)
-    # Factors and bias are float32 again: 2^-24 of the values, over the spread of a channel (measured: 8e-6).
-    assert torch.allclose(slope, torch.ones_like(slope), atol=2e-5)
+    # Factors and bias are float32 again: some 2^-24 of the values, over the spread of a channel, which in one of them
+    # is a 120th of the values (measured: 2 to 20 of these roundings, as kernels sum in one order or another).
+    roundings = actual.abs().amax(0) / centred.square().mean(0).sqrt() * 2.0**-24
+    assert bool(((slope - 1).abs() <= 128 * roundings).all())
     assert torch.allclose(intercept, torch.zeros_like(intercept), atol=2e-5)
     # It was not so before, and every single channel is closer now.
     before = net.outputs(met, name) - wanted
